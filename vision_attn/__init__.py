@@ -1,0 +1,23 @@
+"""Efficient attention for images: exact, tested, and ready to plug in."""
+
+from .gate import Gate
+from .grid import Grid
+from .layout import OnMap, OnTokens
+from .mixer import Mixer
+from .pattern import Pattern
+from .zoo import create_block, create_layer, describe, layer, list_blocks
+
+__all__ = [
+    "Gate",
+    "Grid",
+    "Mixer",
+    "OnMap",
+    "OnTokens",
+    "Pattern",
+    "create_block",
+    "create_layer",
+    "describe",
+    "layer",
+    "list_blocks",
+]
+__version__ = "0.1.0"

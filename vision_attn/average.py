@@ -1,0 +1,72 @@
+"""State that follows what a module saw, once per optimizer step.
+
+A training step may run forward many times (gradient accumulation, checkpointing). So ``forward`` only notes what it saw;
+the notes are folded in when the optimizer that trains the module has stepped, averaged over all processes.
+"""
+
+import itertools
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_live: "weakref.WeakSet[StepAverage]" = weakref.WeakSet()
+_born = itertools.count()
+
+
+class StepAverage(nn.Module):
+    """A module that notes a tensor in ``forward`` and folds the mean of its notes in after each optimizer step.
+
+    Args:
+        beside: a module trained along with it; the optimizer that holds its parameters is the one to follow.
+    """
+
+    def __init__(self, beside: nn.Module):
+        super().__init__()
+        self._beside = (beside,)  # in a tuple, so that it is not registered a second time
+        self._start()
+
+    def _start(self):
+        self._seen, self._times, self._order = None, 0, next(_born)
+        _live.add(self)
+
+    def fold(self, seen: Tensor) -> None:
+        """Takes the mean of all notes since the last optimizer step."""
+        raise NotImplementedError
+
+    def note(self, seen: Tensor) -> None:
+        """Remembers ``seen`` for the coming step. Does nothing in eval mode or without gradients."""
+        if self.training and torch.is_grad_enabled():
+            self._seen = seen.detach() if self._seen is None else self._seen + seen.detach()
+            self._times = self._times + 1
+
+    def settle(self) -> None:
+        """Folds the notes in, averaged over processes. Called after every optimizer step; no notes, no change."""
+        if self._seen is None:
+            return
+        seen, self._seen, self._times = self._seen / self._times, None, 0
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(seen)
+            seen = seen / dist.get_world_size()
+        self.fold(seen)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_seen": None, "_times": 0}  # a copy starts without notes
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._start()  # a deepcopy or an unpickled module is a live one too
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    if not _live:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for module in sorted(_live, key=lambda m: m._order):  # the same order in every process
+        if any(id(p) in held for p in module._beside[0].parameters()):
+            module.settle()
+
+
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,1 @@
+"""One file a mechanism. Deleting a file removes the block everywhere."""

@@ -1,0 +1,53 @@
+"""Criss-cross attention: each pixel looks along its own row and its own column.
+
+Huang et al. 2019, CCNet, https://arxiv.org/abs/1811.11721
+    A_u = softmax over {v : row(v) = row(u) or col(v) = col(u)} of q_u · k_v
+Cost: N (H + W) d
+One softmax over the H + W - 1 positions, the pixel itself counted once. On feature maps the layer is applied twice with the
+same weights and the same gain (``recurrence=2``), so that every pixel hears from every other through a corner.
+Deviations: scores are scaled by d^-½ so that several heads and any width train alike (the paper: one head, no scale;
+``num_heads=1, key_dim=dim // 8, scale=1.0`` gives it). ``proj`` follows the heads as in a ViT (the paper: none).
+On tokens the block is applied once: there the depth of the ViT is the recurrence.
+
+>>> from vision_attn import Grid
+>>> print(CrissCross().draw(Grid(3, 5), 1, 3))
+---#-
+###@#
+---#-
+"""
+
+from dataclasses import dataclass
+
+from .. import check
+from ..mixer import Mixer, softmax_over
+from ..pattern import Columns, Pattern, Rows
+from ..union import attend
+
+
+@dataclass(frozen=True)
+class CrissCross(Pattern):
+    """Own row and own column."""
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (qy == ky) | (qx == kx)
+
+    def key_sets(self):
+        return Rows(), Columns(with_self=False)
+
+
+class Block(Mixer):
+    """Criss-cross attention. ``recurrence``: times a layer on maps applies it; other arguments: `Mixer`."""
+
+    not_causal = "what is right of a pixel in the rows above is never heard, at any depth (315 of 903 past pairs on 6×7)"
+
+    def __init__(self, dim, num_heads=None, *, recurrence: int = 2, **mixer):
+        super().__init__(dim, num_heads, **mixer)
+        check.positive_int("recurrence", recurrence)
+        self.recurrence = recurrence
+        self.pattern = CrissCross()
+
+    def mix(self, q, k, v, grid):
+        return attend(q, k, v, grid, self.pattern.key_sets(), scale=self.scale, dropout=self.dropout)
+
+    def weights(self, q, k, grid):
+        return softmax_over(self.pattern.mask(grid, grid.prefix_of(q.shape[2]), q.device), q, k, self.scale)

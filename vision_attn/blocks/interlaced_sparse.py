@@ -1,0 +1,83 @@
+"""Interlaced sparse attention: first among pixels far apart, then among neighbours.
+
+Huang et al. 2019, ISA; Yuan et al. 2021, OCNet, https://arxiv.org/abs/1907.12273
+    long range:  A_u = softmax over {v : v ≡ u modulo the factor, in y and in x} of q_u · k_v d^-½
+    short range: A_u = softmax over {v : v in the same factor × factor window as u} of q_u · k_v d^-½
+Cost: N (N / f² + f²) d
+Two steps, each with its own projections; together every pixel hears every other.
+Deviations: padding is masked in both steps (the authors' code attends to it: at 9×9 with factor 4, 38 % of the long-range
+weight falls on zeros), and put at the bottom and right instead of on both sides, so that the grouping does not move with the
+size. Projections are linear (the code: convolution, BatchNorm, ReLU, twice for q and k), so that the block also fits the
+tokens of a ViT; the residual and the 1×1 convolution around the module are the host's.
+
+>>> from vision_attn import Grid
+>>> print(Apart(factor=(2, 3)).draw(Grid(5, 7), 2, 4))
+-#--#--
+-------
+-#--@--
+-------
+-#--#--
+>>> print(Near(factor=(2, 3)).draw(Grid(5, 7), 2, 4))
+-------
+-------
+---#@#-
+---###-
+-------
+"""
+
+from dataclasses import dataclass
+
+from .. import check
+from ..mixer import Mixer, Sequence, softmax_over
+from ..pattern import Pattern, Tiles
+from ..union import attend
+
+
+@dataclass(frozen=True)
+class Apart(Pattern):
+    """Positions that hold the same place in every window of ``factor`` = (height, width)."""
+
+    factor: tuple[int, int]
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (qy % self.factor[0] == ky % self.factor[0]) & (qx % self.factor[1] == kx % self.factor[1])
+
+    def key_sets(self):
+        return (Tiles(self.factor, across=True),)
+
+
+@dataclass(frozen=True)
+class Near(Pattern):
+    """Positions in the same window of ``factor`` = (height, width)."""
+
+    factor: tuple[int, int]
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (qy // self.factor[0] == ky // self.factor[0]) & (qx // self.factor[1] == kx // self.factor[1])
+
+    def key_sets(self):
+        return (Tiles(self.factor),)
+
+
+class Step(Mixer):
+    """Attention within one of the two patterns."""
+
+    def __init__(self, pattern, dim, num_heads, **mixer):
+        super().__init__(dim, num_heads, **mixer)
+        self.pattern = pattern
+
+    def mix(self, q, k, v, grid):
+        return attend(q, k, v, grid, self.pattern.key_sets(), scale=self.scale, dropout=self.dropout)
+
+    def weights(self, q, k, grid):
+        return softmax_over(self.pattern.mask(grid, grid.prefix_of(q.shape[2]), q.device), q, k, self.scale)
+
+
+class Block(Sequence):
+    """Long range, then short range. ``factor``: window size, an integer or (height, width); other arguments: `Mixer`."""
+
+    not_causal = "the past inside the groups of both steps leaves a third of all past pixels unheard, at any depth"
+
+    def __init__(self, dim, num_heads=None, *, factor: int | tuple[int, int] = 8, **mixer):
+        factor = check.pair("factor", factor)
+        super().__init__(*(Step(pattern, dim, num_heads, **mixer) for pattern in (Apart(factor), Near(factor))))

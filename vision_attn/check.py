@@ -1,0 +1,45 @@
+"""Argument checks: every error names the argument, its value, and what is allowed."""
+
+import math
+import numbers
+from collections.abc import Collection
+
+
+def positive_int(name: str, value) -> None:
+    """Raises ValueError unless ``value`` is an integer ≥ 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be an integer ≥ 1")
+
+
+def positive(name: str, value) -> None:
+    """Raises ValueError unless ``value`` is a finite number > 0."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: must be a finite number > 0")
+
+
+def finite(name: str, value) -> None:
+    """Raises ValueError unless ``value`` is a finite number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: must be a finite number")
+
+
+def rate(name: str, value) -> None:
+    """Raises ValueError unless ``value`` is a rate: a number in [0, 1)."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r}: must be a number in [0, 1)")
+
+
+def one_of(name: str, value, allowed: Collection) -> None:
+    """Raises ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def pair(name: str, value) -> tuple[int, int]:
+    """``value`` or ``(value, value)`` as two integers ≥ 1; raises ValueError for anything else."""
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(both) != 2:
+        raise ValueError(f"{name}={value!r}: must be an integer ≥ 1 or a (height, width) pair of them")
+    for one in both:
+        positive_int(name, one)
+    return both

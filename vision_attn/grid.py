@@ -1,0 +1,30 @@
+"""The grid of positions that a sequence of image tokens stands for."""
+
+from typing import NamedTuple
+
+
+class Grid(NamedTuple):
+    """``height × width`` positions in row-major (raster) order; either may be symbolic while a graph is traced.
+
+    Token ``P + y * width + x`` of a sequence is position ``(y, x)``; the first ``P`` tokens are prefix tokens.
+    """
+
+    height: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Number of positions, H·W."""
+        return self.height * self.width
+
+    def prefix_of(self, tokens: int) -> int:
+        """Number P of prefix tokens in a sequence of ``tokens`` = P + H·W; ValueError if the grid does not fit."""
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"grid={self.height}×{self.width}: height and width must be ≥ 1")
+        prefix = tokens - self.size
+        if prefix < 0:
+            raise ValueError(
+                f"grid={self.height}×{self.width} has {self.size} positions, but there are only {tokens} tokens; "
+                "x must be (B, P + H·W, dim) with P ≥ 0 prefix tokens"
+            )
+        return prefix

@@ -1,0 +1,168 @@
+"""Mixer: tokens on a grid exchange information. qkv → heads → mix → proj."""
+
+from functools import reduce
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import check
+from .grid import Grid
+
+
+class Mixer(nn.Module):
+    """Multi-head attention over the tokens of a grid.
+
+    A subclass says its mechanism twice, sharing no code: ``weights`` is the definition, the matrix as the paper
+    writes it; ``mix`` is the fast path. ``mix(q, k, v, grid) == weights(q, k, grid) @ v``.
+
+    The parameters are named ``qkv`` and ``proj`` as in timm's ViT, so its weights load strictly.
+
+    Args:
+        dim: channels in and out.
+        num_heads: heads; divides ``dim`` and ``key_dim``. None: as many as leave a head ≥ 32 channels.
+        key_dim: channels of all queries (and of all keys) together. None: ``dim``.
+        qkv_bias, proj_bias: biases of the two projections.
+        qk_norm: normalises each head's queries and keys by ``norm_layer`` (default LayerNorm).
+        scale: factor on q·k. None: (key_dim / num_heads)^-½.
+        attn_drop: dropout on the attention weights; proj_drop: dropout on the output.
+
+    Raises:
+        ValueError: an argument is out of range; it is named with its value.
+    """
+
+    recurrence = 1  # times that OnMap applies the block, with shared weights
+    not_causal = ""  # why causal=True is refused, where it is
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int | None = None,
+        *,
+        key_dim: int | None = None,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        norm_layer: type[nn.Module] | None = None,
+        scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        proj_bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        check.positive_int("dim", dim)
+        key_dim = dim if key_dim is None else key_dim
+        check.positive_int("key_dim", key_dim)
+        if num_heads is None:
+            num_heads = max(n for n in range(1, max(1, dim // 32) + 1) if dim % n == key_dim % n == 0)
+        check.positive_int("num_heads", num_heads)
+        for name, value in (("dim", dim), ("key_dim", key_dim)):
+            if value % num_heads:
+                raise ValueError(f"num_heads={num_heads}: must divide {name}={value}")
+        if scale is not None:
+            check.positive("scale", scale)
+        check.rate("attn_drop", attn_drop)
+        check.rate("proj_drop", proj_drop)
+        self.dim, self.key_dim, self.num_heads = dim, key_dim, num_heads
+        self.scale = (key_dim // num_heads) ** -0.5 if scale is None else scale
+        self.attn_drop = attn_drop
+        norm = (norm_layer or nn.LayerNorm) if qk_norm else None
+        self.qkv = nn.Linear(dim, 2 * key_dim + dim, bias=qkv_bias, **dd)
+        self.q_norm = norm(key_dim // num_heads, **dd) if norm else nn.Identity()
+        self.k_norm = norm(key_dim // num_heads, **dd) if norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def mix(
+        self,
+        q: Float[Tensor, "B heads tokens dk"],
+        k: Float[Tensor, "B heads tokens dk"],
+        v: Float[Tensor, "B heads tokens dv"],
+        grid: Grid,
+    ) -> Float[Tensor, "B heads tokens dv"]:
+        """The fast path."""
+        raise NotImplementedError(f"{type(self).__name__} has no mix of its own: see its steps")
+
+    def weights(
+        self, q: Float[Tensor, "B heads tokens dk"], k: Float[Tensor, "B heads tokens dk"], grid: Grid
+    ) -> Float[Tensor, "B heads tokens tokens"]:
+        """The definition: how much each token (row) takes from each token (column)."""
+        raise NotImplementedError(f"{type(self).__name__} has no weights of its own: see its steps")
+
+    def forward(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> Float[Tensor, "B tokens dim"]:
+        """Mixes tokens (B, P + H·W, dim) on ``grid`` = (H, W); the first P ≥ 0 are prefix tokens.
+
+        Raises:
+            ValueError: ``x`` is not (B, tokens, dim), or ``grid`` has more positions than there are tokens.
+        """
+        q, k, v = self.heads(x, grid)
+        out = rearrange(self.mix(q, k, v, Grid(*grid)), "B n t d -> B t (n d)")
+        return self.proj_drop(self.proj(out))
+
+    def heads(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of ``x``, each (B, heads, tokens, d)."""
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, dim={self.dim})")
+        Grid(*grid).prefix_of(x.shape[1])
+        parts = self.qkv(x).split([self.key_dim, self.key_dim, self.dim], dim=-1)
+        q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in parts)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def attention(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> Float[Tensor, "B heads tokens tokens"]:
+        """The weights for an input: what attends to what. Cost N²: for looking, not for training."""
+        q, k, _ = self.heads(x, grid)
+        return self.weights(q, k, Grid(*grid))
+
+    @property
+    def steps(self) -> tuple["Mixer", ...]:
+        """The mixers it is made of: itself, or the parts of a `Sequence`."""
+        return (self,)
+
+    @property
+    def dropout(self) -> float:
+        """The attention dropout in force now."""
+        return self.attn_drop if self.training else 0.0
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}, scale={self.scale:.4g}"
+
+
+class Sequence(Mixer):
+    """Mixers one after the other, each with its own projections. Its definition is their composition."""
+
+    def __init__(self, *steps: Mixer):
+        nn.Module.__init__(self)  # the projections are those of the steps
+        self.dim = steps[0].dim
+        self.step = nn.ModuleList(steps)
+
+    def forward(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> Float[Tensor, "B tokens dim"]:
+        return reduce(lambda x, step: step(x, grid), self.step, x)
+
+    def attention(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> Float[Tensor, "B 1 tokens tokens"]:
+        """Product of the steps' weights, heads averaged: what is heard through all steps."""
+        heard = None
+        for step in self.step:
+            seen = step.attention(x, grid).mean(dim=1, keepdim=True)
+            heard = seen if heard is None else seen @ heard
+            x = step(x, grid)
+        return heard
+
+    @property
+    def steps(self) -> tuple[Mixer, ...]:
+        return tuple(self.step)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+def softmax_over(
+    mask: Tensor | None, q: Float[Tensor, "B heads tokens dk"], k: Float[Tensor, "B heads tokens dk"], scale: float
+) -> Float[Tensor, "B heads tokens tokens"]:
+    """softmax(scale · q kᵀ) over the keys that ``mask`` (tokens, tokens) lets through: the plain N×N matrix."""
+    scores = scale * torch.einsum("bnid,bnjd->bnij", q, k)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1)

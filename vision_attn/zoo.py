@@ -1,0 +1,100 @@
+"""The zoo: every file in ``blocks/`` is a block, and its docstring is its entry in the tables."""
+
+import difflib
+import fnmatch
+import inspect
+import pkgutil
+import re
+from importlib import import_module
+from typing import NamedTuple
+
+from . import blocks
+from .gate import Gate
+from .layout import OnMap
+from .mixer import Mixer
+
+
+class Entry(NamedTuple):
+    """A block's row in the tables, read from its docstring."""
+
+    name: str
+    title: str  # one sentence
+    source: str  # authors, year, name
+    url: str
+    cost: str  # multiply-adds of the mechanism, projections aside
+    kind: str  # "mixer" or "gate"
+    causal: bool
+
+
+def list_blocks(pattern: str = "*") -> list[str]:
+    """Names of all blocks that match a wildcard, sorted.
+
+    Raises:
+        ValueError: a name without wildcards that no block has; the nearest names are listed.
+    """
+    names = sorted(module.name for module in pkgutil.iter_modules(blocks.__path__))
+    found = fnmatch.filter(names, pattern)
+    if not found and not re.search(r"[*?\[]", pattern):
+        raise ValueError(f"block={pattern!r}: {_nearest(pattern, names)}")
+    return found
+
+
+def block_class(name: str) -> type[Mixer] | type[Gate]:
+    """The class of a block. Raises ValueError for an unknown name, with the nearest ones."""
+    names = list_blocks()
+    if name not in names:
+        raise ValueError(f"block={name!r}: {_nearest(name, names)}")
+    return import_module(f"{blocks.__name__}.{name}").Block
+
+
+def create_block(name: str, dim: int, **options) -> Mixer | Gate:
+    """A block on its own: a `Mixer` on tokens or a `Gate` on maps, as its paper has it.
+
+    Args:
+        name: one of `list_blocks`.
+        dim: channels.
+        options: of the block's class, for example ``num_heads``.
+
+    Raises:
+        ValueError: unknown name, or an option out of range; ``causal=True`` for a block that can't be.
+        TypeError: an option the block does not have.
+    """
+    cls = block_class(name)
+    if cls.not_causal and options.pop("causal", False):
+        raise ValueError(f"causal=True: {name} can't be causal: {cls.not_causal}")
+    return cls(dim, **options)
+
+
+def create_layer(name: str, dim: int, *, init_gain: float = 0.0, **options) -> OnMap:
+    """Any block as an (B, C, H, W) → (B, C, H, W) layer that is the identity until trained (``init_gain=0``)."""
+    return OnMap(create_block(name, dim, **options), init_gain)
+
+
+def layer(name: str, **options) -> type:
+    """`create_layer` as a class that takes the channel count: what timm's ``attn_layer`` slots ask for.
+
+    >>> import timm
+    >>> model = timm.create_model("resnet18", block_args=dict(attn_layer=layer("cbam")))
+    """
+    block_class(name)
+
+    class Layer:
+        def __new__(cls, channels: int, **more):  # gives a plain OnMap, which copies and pickles
+            return create_layer(name, channels, **{**options, **more})
+
+    Layer.__name__ = Layer.__qualname__ = f"layer({name!r})"
+    return Layer
+
+
+def describe(name: str) -> Entry:
+    """A block's entry, read from the docstring of its file. Raises ValueError for an unknown name."""
+    cls = block_class(name)
+    text = inspect.getdoc(inspect.getmodule(cls))
+    title, source, cost = re.match(r"(.+)\n\n(.+)\n(?:.*\n)*?Cost: (.+)", text).groups()
+    source, url = source.rsplit(", ", 1)
+    return Entry(name, title, source, url, cost, "gate" if issubclass(cls, Gate) else "mixer", not cls.not_causal)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    return f"no such block; {'nearest' if near is not names else 'there are'}: {', '.join(near)}"
