@@ -1,0 +1,19 @@
+"""Attention in timm backbones. Importing this package registers the named models with timm."""
+
+from . import cifar_resnet, attn_resnet, attn_vit  # isort: skip: the stock models come first
+from .export import ExportError, export_onnx
+from .insert import Report, insert, replace
+from .maps import attention_maps, draw_maps
+
+__all__ = [
+    "ExportError",
+    "Report",
+    "attention_maps",
+    "attn_resnet",
+    "attn_vit",
+    "cifar_resnet",
+    "draw_maps",
+    "export_onnx",
+    "insert",
+    "replace",
+]

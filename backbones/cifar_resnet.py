@@ -5,7 +5,8 @@ He et al. 2016, Deep residual learning for image recognition, section 4.2, https
 Shortcuts are the paper's option A for these networks: where a stage halves the map, the identity is strided and padded with
 zero channels, so shortcuts have no parameters (resnet20: 0.27 M, as in the paper's table 6). Option B (a 1×1 projection),
 which timm's ResNet uses, would add parameters the published networks do not have.
-Deviation: the last norm of every block starts at zero, as timm's ResNet does (zero_init_last=False starts it at one).
+Deviation: the last norm of a block starts at zero, as in timm's ResNet (zero_init_last=False: at one, as in the paper), except
+where a shortcut pads: there all new channels would be exactly zero before the ReLU, get no gradient, and stay zero for ever.
 
 Blocks, head, initialisation and state-dict names are timm's ResNet: conv1, bn1, layer1.0.conv1 …, fc.
 """
@@ -49,7 +50,7 @@ class CifarResNet(ResNet):
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth, growing linearly from 0 at the first block.
         act_layer, norm_layer: a class or the name timm knows it by.
-        zero_init_last: start the last norm of every block at zero.
+        zero_init_last: start the last norm of every block that keeps its width at zero.
         block_args: further arguments of timm's BasicBlock, such as attn_layer.
 
     Raises:
@@ -112,6 +113,14 @@ class CifarResNet(ResNet):
         self.global_pool, self.fc = create_classifier(chs, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = chs * self.global_pool.feat_mult()
         self.init_weights(zero_init_last=zero_init_last)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """As timm's ResNet, but the last norm of a block whose shortcut pads always starts at one."""
+        super().init_weights(zero_init_last=zero_init_last)
+        for block in self.modules():
+            if isinstance(getattr(block, "downsample", None), PadShortcut) and getattr(block.bn2, "weight", None) is not None:
+                nn.init.ones_(block.bn2.weight)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) → features (B, 64, ⌈H/4⌉, ⌈W/4⌉)."""

@@ -97,7 +97,7 @@ class Along(Mixer):
     def plain_bias(self, q, k, grid):
         """The position terms of every pair of pixels, (B, heads, N, N); those of unseen pairs mean nothing."""
         place = torch.arange(grid.size, device=q.device)
-        place = place // grid.width if self.pattern.axis == 0 else place % grid.width
+        place = (place // grid.width if self.pattern.axis == 0 else place % grid.width).double()
         stretch = (self.length - 1) / max(1, grid[self.pattern.axis] - 1)
         at = (place[None, :] - place[:, None]) * stretch + self.length - 1  # where in the table, a real number
         low = at.floor().long().clamp(0, 2 * self.length - 2)

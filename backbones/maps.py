@@ -1,0 +1,85 @@
+"""What a model attends to: the attention map of every block in it, as numbers and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision_attn import Gate, Grid, Mixer
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Where each block of the zoo inside ``model`` looks.
+
+    Args:
+        model: put into eval mode for the call, then back.
+        images: (B, C, H, W) as the model takes them.
+
+    Returns:
+        For each block's name, a map (B, h, w): a gate's weight of every position; for a mixer the share of attention that a
+        position receives from all others, heads averaged, times the number of positions (1 is average). Cost of a mixer's: N².
+
+    Raises:
+        ValueError: there is no block of the zoo in the model.
+    """
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, (Gate, Mixer))}
+    blocks = {n: m for n, m in blocks.items() if not any(n.startswith(f"{o}.") for o in blocks)}  # not the steps of one
+    if not blocks:
+        raise ValueError(f"model={type(model).__name__}: has no block of vision_attn in it")
+    maps, was_training = {}, model.training
+
+    def keep(name):
+        def hook(module, args, output):
+            maps[name] = module.attention_map(args[0]) if isinstance(module, Gate) else _received(module, *args)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in blocks.items()]
+    try:
+        model.eval()(images)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return maps
+
+
+def _received(mixer: Mixer, x: Tensor, grid: Grid) -> Tensor:
+    """Attention that each position of the grid receives, (B, H, W)."""
+    matrix = mixer.attention(x, grid)[..., x.shape[1] - grid.size :]
+    return matrix.mean(dim=1).sum(dim=1).unflatten(1, tuple(grid))
+
+
+def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles: Sequence[str] | None = None) -> Path:
+    """Writes a PNG: a row for each image, a column for the image and for each map laid over it.
+
+    Args:
+        images: (B, 1 or 3, H, W), values in [0, 1].
+        maps: (B, h, w) by name, as from `attention_maps`.
+        path: where to write; folders are made.
+        titles: one for each image.
+    """
+    import matplotlib.pyplot as plt  # of the extra "train"
+
+    rows, columns = len(images), 1 + len(maps)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.35 * rows), squeeze=False, layout="constrained")
+    pixels = images.detach().float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).clamp(0, 1)
+    for row, (line, image) in enumerate(zip(axes, pixels)):
+        for axis in line:
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+        for axis, (name, values) in zip(line[1:], maps.items()):
+            shown = F.interpolate(values[row][None, None].float(), image.shape[:2], mode="bilinear")[0, 0].cpu()
+            axis.imshow(shown, cmap="inferno", alpha=0.65)
+            if row == 0:
+                axis.set_title(name.removesuffix(".block"), fontsize=7)
+        if titles is not None:
+            line[0].set_ylabel(titles[row], fontsize=7)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

@@ -1,0 +1,66 @@
+"""Registers ``<stock name>_<block>`` with timm: the stock model, its weights, and a block of the zoo added."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+
+import timm
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
+from torch import Tensor, nn
+
+from vision_attn import Mixer, list_blocks
+from vision_attn.layout import Residual
+
+
+def register_stock(stock: str, add: Callable, module: str, feature_cfg: dict, filter_weights: Callable | None = None) -> None:
+    """Registers ``stock`` with every block of the zoo.
+
+    Args:
+        stock: a name that timm knows.
+        add: ``add(model, block, attn_at, **attn_kwargs)`` puts the block into a fresh stock model and returns it.
+        module: name of the module that the models are listed under.
+        feature_cfg: of timm's ``features_only``.
+        filter_weights: timm's filter of the stock weights, ``filter_weights(state_dict, model)``.
+    """
+    cfgs = get_arch_pretrained_cfgs(stock)
+    default = timm.get_pretrained_cfg(stock).tag
+    # npz files are read by the stock class, past the filter below: leave the same weights' safetensors
+    tags = {c.tag: dataclasses.replace(c, custom_load=False, url="") if c.custom_load else c for c in cfgs.values()}
+    for block in list_blocks():
+        name = f"{stock}_{block}"
+        marked = {f"{name}.{tag}{'*' if tag == default else ''}": cfg for tag, cfg in tags.items()}
+        home = sys.modules[module]
+        home.default_cfgs = {**getattr(home, "default_cfgs", {}), **generate_default_cfgs(marked)}
+        register_model(_entrypoint(name, stock, block, add, module, feature_cfg, filter_weights))
+
+
+def _entrypoint(name, stock, block, add, module, feature_cfg, filter_weights):
+    def build(attn_kwargs=None, attn_at=None, **kwargs):
+        return add(model_entrypoint(stock)(pretrained=False, **kwargs), block, attn_at, **(attn_kwargs or {}))
+
+    def weights(state_dict: dict, model: nn.Module) -> dict:
+        return _with_own(filter_weights(state_dict, model) if filter_weights else state_dict, model)
+
+    def create(pretrained=False, **kwargs):
+        return build_model_with_cfg(
+            build, name, pretrained, feature_cfg=dict(feature_cfg), pretrained_filter_fn=weights, **kwargs
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = module
+    create.__doc__ = (
+        f"``{stock}`` with ``{block}``. Arguments: timm's, ``attn_kwargs`` (options of the block) and ``attn_at`` (where it goes)."
+    )
+    return create
+
+
+def _with_own(stock_weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Stock weights completed by the new blocks' own, so that they load strictly and a missing stock weight is an error."""
+    ours = model.state_dict()
+    homes = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (Residual, Mixer)))
+    own = {key: value for key, value in ours.items() if key.startswith(homes)}
+
+    def fits(key: str, value: Tensor) -> bool:
+        return not key.startswith(homes) or (key in own and value.shape == own[key].shape)
+
+    return own | {key: value for key, value in stock_weights.items() if fits(key, value)}
