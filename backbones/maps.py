@@ -1,6 +1,7 @@
 """What a model attends to: the attention map of every block in it, as numbers and as a picture."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -11,24 +12,28 @@ from vision_attn import Gate, Grid, Mixer
 
 
 @torch.no_grad()
-def attention_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def attention_maps(model: nn.Module, images: Tensor, at: str = "*") -> dict[str, Tensor]:
     """Where each block of the zoo inside ``model`` looks.
 
     Args:
         model: put into eval mode for the call, then back.
         images: (B, C, H, W) as the model takes them.
+        at: wildcard of the blocks' module names.
 
     Returns:
         For each block's name, a map (B, h, w): a gate's weight of every position; for a mixer the share of attention that a
         position receives from all others, heads averaged, times the number of positions (1 is average). Cost of a mixer's: N².
 
     Raises:
-        ValueError: there is no block of the zoo in the model.
+        ValueError: there is no block of the zoo in the model, or none that ``at`` matches.
     """
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, (Gate, Mixer))}
     blocks = {n: m for n, m in blocks.items() if not any(n.startswith(f"{o}.") for o in blocks)}  # not the steps of one
     if not blocks:
         raise ValueError(f"model={type(model).__name__}: has no block of vision_attn in it")
+    chosen = {name: module for name, module in blocks.items() if fnmatchcase(name, at)}
+    if not chosen:
+        raise ValueError(f"at={at!r}: matches none of {', '.join(blocks)}")
     maps, was_training = {}, model.training
 
     def keep(name):
@@ -37,7 +42,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in blocks.items()]
+    handles = [module.register_forward_hook(keep(name)) for name, module in chosen.items()]
     try:
         model.eval()(images)
     finally:

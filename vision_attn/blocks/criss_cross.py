@@ -2,7 +2,7 @@
 
 Huang et al. 2019, CCNet, https://arxiv.org/abs/1811.11721
     A_u = softmax over {v : row(v) = row(u) or col(v) = col(u)} of q_u · k_v
-Cost: N (H + W) d
+Cost: 2 N (H + W) d
 One softmax over the H + W - 1 positions, the pixel itself counted once. On feature maps the layer is applied twice with the
 same weights and the same gain (``recurrence=2``), so that every pixel hears from every other through a corner.
 Deviations: scores are scaled by d^-½ so that several heads and any width train alike (the paper: one head, no scale;

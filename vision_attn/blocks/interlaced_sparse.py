@@ -3,7 +3,7 @@
 Huang et al. 2019, ISA; Yuan et al. 2021, OCNet, https://arxiv.org/abs/1907.12273
     long range:  A_u = softmax over {v : v ≡ u modulo the factor, in y and in x} of q_u · k_v d^-½
     short range: A_u = softmax over {v : v in the same factor × factor window as u} of q_u · k_v d^-½
-Cost: N (N / f² + f²) d
+Cost: 2 N (N / f² + f²) d
 Two steps, each with its own projections; together every pixel hears every other.
 Deviations: padding is masked in both steps (the authors' code attends to it: at 9×9 with factor 4, 38 % of the long-range
 weight falls on zeros), and put at the bottom and right instead of on both sides, so that the grouping does not move with the

@@ -1,0 +1,74 @@
+"""Export a model to ONNX and check it in onnxruntime at sizes other than the traced one.
+
+    python export_onnx.py --checkpoint runs/digits/best.pt --path runs/digits/model.onnx
+    python export_onnx.py --model resnet50_cbam --pretrained true --path resnet50_cbam.onnx --image_size 224
+    python export_onnx.py --model vit_small_patch16_224_criss_cross --model_args '{dynamic_img_size: true}' --path vit.onnx
+
+Exit code 0: every answer agreed; 1: one did not, and no file is left; 2: bad input, with one line that says what.
+"""
+
+import sys
+from typing import Any
+
+import timm
+from jsonargparse import ArgumentParser
+
+import backbones
+from training import checkpoint
+
+
+def export(
+    path: str,
+    checkpoint_path: str | None = None,
+    model: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    pretrained: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+    dynamic: bool = True,
+    opset: int = 20,
+) -> None:
+    """Exports a trained checkpoint or a named model.
+
+    Args:
+        path: the ONNX file to write.
+        checkpoint_path: a checkpoint of train_imagenet.py; its moving average is exported if it has one.
+        model: instead, a name that timm.create_model knows.
+        model_args: further arguments of timm.create_model.
+        pretrained: with model: start from its published weights.
+        image_size: pixels to trace at, one number or height and width; null takes the model's.
+        dynamic: whether height and width may vary, where the model allows it; batch always does.
+        opset: of ONNX; 18 or later.
+    """
+    if (checkpoint_path is None) == (model is None):
+        raise ValueError("give either checkpoint or model")
+    if checkpoint_path is not None:
+        saved = checkpoint.load(checkpoint_path)
+        network = timm.create_model(saved["model"], **saved["model_args"], **(model_args or {}))
+        network.load_state_dict(saved["ema"] or saved["state_dict"])
+        image_size = image_size or tuple(saved["data"]["input_size"][1:])
+    else:
+        network = timm.create_model(model, pretrained=pretrained, **(model_args or {}))
+    errors = backbones.export_onnx(network, path, image_size, dynamic, opset)
+    for (batch, height, width), error in errors.items():
+        print(f"{batch} images of {height}×{width}: largest difference from PyTorch {error:.1e}")
+    print(f"{path}: largest difference {max(errors.values()):.1e}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_function_arguments(export, skip={"checkpoint_path"})
+    parser.add_argument("--checkpoint", type=str | None, help="a checkpoint of train_imagenet.py")
+    arguments = vars(parser.parse_args(argv))
+    try:
+        export(checkpoint_path=arguments.pop("checkpoint"), **arguments)
+    except backbones.ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
