@@ -35,19 +35,25 @@ def add_attention(model: ResNet, block: str, at: str | list[str] | None = None, 
         at = "layer*.*" if issubclass(block_class(block), Gate) else ["layer2", "layer3"]
     stages = {name: stage for name, stage in model.named_children() if name.startswith("layer")}
     slots = {f"{name}.{i}": part for name, stage in stages.items() for i, part in stage.named_children()}
-    for pattern in [at] if isinstance(at, str) else at:
-        behind = [name for name in stages if fnmatchcase(name, pattern)] if "." not in pattern else []
-        within = [name for name in slots if fnmatchcase(name, pattern)] if "." in pattern else []
-        if not behind and not within:
-            raise ValueError(f"attn_at={pattern!r}: matches none of the stages {', '.join(stages)} or their parts {', '.join(slots)}")
-        for name in within:
-            last = getattr(slots[name], "conv3", None) or slots[name].conv2
-            like = dict(device=last.weight.device, dtype=last.weight.dtype)
-            slots[name].se = create_layer(block, last.out_channels, **options, **like)
-        if behind:
-            insert(model, block, behind, **options)
+    behind, within = [], []
+    for pattern in ([at] if isinstance(at, str) else at) or [""]:  # an empty list matches nothing either
+        could, found = (slots, within) if "." in pattern else (stages, behind)
+        hits = [name for name in could if fnmatchcase(name, pattern)]
+        if not hits:
+            raise ValueError(
+                f"attn_at={at!r}: {pattern!r} matches none of the stages {', '.join(stages)} "
+                f"or their parts {', '.join(slots)}"
+            )
+        found += hits
+    for name in dict.fromkeys(within):
+        last = getattr(slots[name], "conv3", None) or slots[name].conv2
+        like = dict(device=last.weight.device, dtype=last.weight.dtype)
+        slots[name].se = create_layer(block, last.out_channels, **options, **like)
+    if behind:
+        insert(model, block, behind, **options)
     return model
 
 
 for stock in STOCK:
-    register_stock(stock, add_attention, __name__, feature_cfg=dict(out_indices=(0, 1, 2, 3, 4)))
+    taps = 4 if stock.startswith("cifar") else 5  # the stem and its three or four stages
+    register_stock(stock, add_attention, __name__, feature_cfg=dict(out_indices=tuple(range(taps))))

@@ -18,12 +18,23 @@ __all__ = []
 STOCK = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_tiny_patch4_32")
 FEATURES = dict(out_indices=3, feature_cls="getter")
 
-default_cfgs = generate_default_cfgs({
-    "vit_tiny_patch4_32.untrained": dict(
-        url="", num_classes=10, input_size=(3, 32, 32), pool_size=None, fixed_input_size=True, crop_pct=1.0,
-        interpolation="bicubic", mean=CIFAR_MEAN, std=CIFAR_STD, first_conv="patch_embed.proj", classifier="head",
-    ),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_tiny_patch4_32.untrained": dict(
+            url="",
+            num_classes=10,
+            input_size=(3, 32, 32),
+            pool_size=None,
+            fixed_input_size=True,
+            crop_pct=1.0,
+            interpolation="bicubic",
+            mean=CIFAR_MEAN,
+            std=CIFAR_STD,
+            first_conv="patch_embed.proj",
+            classifier="head",
+        ),
+    }
+)
 
 
 @register_model
@@ -36,7 +47,9 @@ def vit_tiny_patch4_32(pretrained=False, **kwargs) -> VisionTransformer:
     )  # fmt: skip
 
 
-def add_attention(model: VisionTransformer, block: str, at: str | list[str] | None = None, **options) -> VisionTransformer:
+def add_attention(
+    model: VisionTransformer, block: str, at: str | list[str] | None = None, **options
+) -> VisionTransformer:
     """Replaces the self-attention of a ViT by a mixer, or adds a gate behind its blocks.
 
     Args:

@@ -2,14 +2,16 @@
 
 He et al. 2016, Deep residual learning for image recognition, section 4.2, https://arxiv.org/abs/1512.03385
     3×3 stem of 16 channels, no pooling; three stages of n = (depth - 2) / 6 basic blocks with 16, 32, 64 channels.
-Shortcuts are the paper's option A for these networks: where a stage halves the map, the identity is strided and padded with
-zero channels, so shortcuts have no parameters (resnet20: 0.27 M, as in the paper's table 6). Option B (a 1×1 projection),
-which timm's ResNet uses, would add parameters the published networks do not have.
-Deviation: the last norm of a block starts at zero, as in timm's ResNet (zero_init_last=False: at one, as in the paper), except
-where a shortcut pads: there all new channels would be exactly zero before the ReLU, get no gradient, and stay zero for ever.
+Shortcuts are the paper's option A for these networks: where a stage halves the map, the identity is strided and padded
+with zero channels, so shortcuts have no parameters (resnet20: 0.27 M, as in the paper's table 6). Option B (a 1×1
+projection), which timm's ResNet uses, would add parameters the published networks do not have.
+Deviation: the last norm of a block starts at zero, as in timm's ResNet (zero_init_last=False: at one, as in the paper),
+except where a shortcut pads: there all new channels would be exactly zero before the ReLU, get no gradient, and stay
+zero for ever.
 
 Blocks, head, initialisation and state-dict names are timm's ResNet: conv1, bn1, layer1.0.conv1 …, fc.
 """
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, create_classifier, get_act_layer, get_norm_layer
@@ -33,14 +35,14 @@ class PadShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
 class CifarResNet(ResNet):
     """timm's ResNet with the stem and the three stages of the CIFAR form.
 
-    Any image size works; a stage that strides gives ⌈H/2⌉ × ⌈W/2⌉. Features: act1 (16, stride 1), layer1 (16, stride 1),
-    layer2 (32, stride 2), layer3 (64, stride 4).
+    Any image size works; a stage that strides gives ⌈H/2⌉ × ⌈W/2⌉. Features: act1 (16 channels, stride 1),
+    layer1 (16, stride 1), layer2 (32, stride 2), layer3 (64, stride 4).
 
     Args:
         layers: basic blocks in each of the three stages; three positive ints.
@@ -58,19 +60,19 @@ class CifarResNet(ResNet):
     """
 
     def __init__(
-            self,
-            layers,
-            num_classes=10,
-            in_chans=3,
-            global_pool="avg",
-            drop_rate=0.,
-            drop_path_rate=0.,
-            act_layer=nn.ReLU,
-            norm_layer=nn.BatchNorm2d,
-            zero_init_last=True,
-            block_args=None,
-            device=None,
-            dtype=None,
+        self,
+        layers,
+        num_classes=10,
+        in_chans=3,
+        global_pool="avg",
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        act_layer=nn.ReLU,
+        norm_layer=nn.BatchNorm2d,
+        zero_init_last=True,
+        block_args=None,
+        device=None,
+        dtype=None,
     ):
         if len(layers) != 3 or min(layers) < 1:
             raise ValueError(f"layers must be three positive ints, one per stage, got {layers!r}")
@@ -94,17 +96,19 @@ class CifarResNet(ResNet):
             for _ in range(depth):
                 stride = 1 if out_chs == chs else 2
                 rate = drop_path.pop(0)
-                blocks.append(BasicBlock(
-                    chs,
-                    out_chs,
-                    stride,
-                    downsample=PadShortcut(out_chs - chs, stride) if stride > 1 else None,
-                    drop_path=DropPath(rate) if rate > 0 else None,
-                    act_layer=act_layer,
-                    norm_layer=norm_layer,
-                    **(block_args or {}),
-                    **dd,
-                ))
+                blocks.append(
+                    BasicBlock(
+                        chs,
+                        out_chs,
+                        stride,
+                        downsample=PadShortcut(out_chs - chs, stride) if stride > 1 else None,
+                        drop_path=DropPath(rate) if rate > 0 else None,
+                        act_layer=act_layer,
+                        norm_layer=norm_layer,
+                        **(block_args or {}),
+                        **dd,
+                    )
+                )
                 chs, reduction = out_chs, reduction * stride
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f"layer{stage}"))
@@ -119,7 +123,8 @@ class CifarResNet(ResNet):
         """As timm's ResNet, but the last norm of a block whose shortcut pads always starts at one."""
         super().init_weights(zero_init_last=zero_init_last)
         for block in self.modules():
-            if isinstance(getattr(block, "downsample", None), PadShortcut) and getattr(block.bn2, "weight", None) is not None:
+            pads = isinstance(getattr(block, "downsample", None), PadShortcut)
+            if pads and getattr(block.bn2, "weight", None) is not None:
                 nn.init.ones_(block.bn2.weight)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,13 +135,13 @@ class CifarResNet(ResNet):
         return self.layer3(self.layer2(self.layer1(x)))
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices=None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = "NCHW",
-            intermediates_only: bool = False,
+        self,
+        x: torch.Tensor,
+        indices=None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
     ):
         """Features of the chosen taps (0: act1, 1-3: layer1-3), each (B, C, H, W); as in timm's ResNet.
 
@@ -174,23 +179,35 @@ class CifarResNet(ResNet):
 def _create(variant, pretrained, depth, **kwargs):
     layers = ((depth - 2) // 6,) * 3
     return build_model_with_cfg(
-        CifarResNet, variant, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), layers=layers, **kwargs)
+        CifarResNet, variant, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), layers=layers, **kwargs
+    )
 
 
 def _cfg(**kwargs):
     return {
-        "url": "", "num_classes": 10, "input_size": (3, 32, 32), "pool_size": (8, 8),
-        "crop_pct": 1.0, "interpolation": "bicubic", "mean": CIFAR_MEAN, "std": CIFAR_STD,
-        "first_conv": "conv1", "classifier": "fc", "license": "apache-2.0", "paper_ids": "arXiv:1512.03385",
+        "url": "",
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": CIFAR_MEAN,
+        "std": CIFAR_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:1512.03385",
         **kwargs,
     }
 
 
-default_cfgs = generate_default_cfgs({
-    "cifar_resnet20.untrained": _cfg(),
-    "cifar_resnet32.untrained": _cfg(),
-    "cifar_resnet56.untrained": _cfg(),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "cifar_resnet20.untrained": _cfg(),
+        "cifar_resnet32.untrained": _cfg(),
+        "cifar_resnet56.untrained": _cfg(),
+    }
+)
 
 
 @register_model

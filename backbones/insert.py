@@ -14,6 +14,7 @@ from timm.layers import Attention, CecaModule, EcaModule, EffectiveSEModule, Gat
 from timm.layers.cbam import CbamModule
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models.eva import EvaAttention
+from timm.models.regnet import RegStage
 from torch import Tensor, nn
 
 from vision_attn import Grid, Mixer, OnTokens, create_block, create_layer
@@ -21,7 +22,17 @@ from vision_attn.zoo import block_class
 
 _logger = logging.getLogger(__name__)
 TOKEN_ATTENTION = (Attention, EvaAttention)
-MAP_ATTENTION = (SqueezeExcite, SEModule, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, GlobalContext, CbamModule)
+MAP_ATTENTION = (
+    SqueezeExcite,
+    SEModule,
+    EffectiveSEModule,
+    EcaModule,
+    CecaModule,
+    GatherExcite,
+    GlobalContext,
+    CbamModule,
+)
+CHAINS = (nn.Sequential, RegStage)  # run all of their children in turn: one of ours would be run as if it were theirs
 STEMS = ("act", "bn", "conv", "norm", "stem")  # how timm's models name what precedes the first stage
 
 
@@ -112,24 +123,28 @@ def insert(
         ValueError: ``at`` matches nothing (what could match is listed) or something that does not give feature maps or
             tokens; a block of this name is already there; an option is out of range.
     """
-    names = [_last(model, name) for name in _resolve(model, at, _stages(model), dict(model.named_modules()))]
+    found = _resolve(model, at, _stages(model), dict(model.named_modules()))
+    names = list(dict.fromkeys(_last(model, name) for name in found))  # "layer3" and "layer3.1" may be the same place
     shapes = _probe(model, names, input_size)
-    child, source = f"attn_{block}", None
-    for name in names:
-        if hasattr(model.get_submodule(name), child):
-            raise ValueError(f"at={at!r}: {name} already has a {block}")
-    like = _like(model)
+    child, like, ready = f"attn_{block}", _like(model), []
     for name in names:
         target, shape = model.get_submodule(name), shapes[name]
-        channels_last = len(shape) == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC"
+        if hasattr(target, child):
+            raise ValueError(f"at={at!r}: {name} already has a {block}")
+        if isinstance(target, nn.ModuleDict):
+            raise ValueError(
+                f"at={at!r}: {name} runs all its children, so it can't hold a layer; try the module behind it"
+            )
         if len(shape) == 3:
-            source = source or _grid_source(model)
             layer = OnTokens(create_block(block, shape[-1], **options, **like), init_gain)
+            ready.append((target, layer, Behind(child, source=_grid_source(model))))
         else:
-            channels = shape[-1] if channels_last else shape[1]
-            layer = create_layer(block, channels, init_gain=init_gain, **options, **like)
+            channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+            layer = create_layer(block, shape[-1 if channels_last else 1], init_gain=init_gain, **options, **like)
+            ready.append((target, layer, Behind(child, channels_last)))
+    for target, layer, behind in ready:  # all of them or, where one can't be made, none
         target.add_module(child, layer.train(model.training))
-        target.register_forward_hook(Behind(child, channels_last, source if len(shape) == 3 else None))
+        target.register_forward_hook(behind)
     return model
 
 
@@ -175,7 +190,9 @@ def _layer_like(old: nn.Module, block: str, shape, options: dict) -> nn.Module:
     if not issubclass(block_class(block), Mixer):
         raise ValueError(f"block={block!r}: is a gate, it can't stand for self-attention; insert adds it behind one")
     has_norm = not isinstance(old.q_norm, nn.Identity)
-    taken = dict(num_heads=old.num_heads, proj_bias=old.proj.bias is not None, qkv_bias=_fused_qkv(old)["bias"] is not None)
+    taken = dict(
+        num_heads=old.num_heads, proj_bias=old.proj.bias is not None, qkv_bias=_fused_qkv(old)["bias"] is not None
+    )
     taken |= dict(qk_norm=True, norm_layer=type(old.q_norm)) if has_norm else {}
     taken |= {f"{which}_drop": getattr(old, f"{which}_drop").p for which in ("attn", "proj")}
     return create_block(block, old.proj.out_features, **{**taken, **options})
@@ -206,17 +223,23 @@ def _take_over(new: nn.Module, old: nn.Module) -> tuple[list[str], list[str]]:
     for key in copied:
         ours[key].copy_(theirs[key])
     if "qkv.weight" in copied:
-        used = {key for key in old.state_dict() if key.split(".")[0] in ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias")}
-    rope = ["rope"] if isinstance(old, EvaAttention) else []  # rotary positions arrive from outside; a mixer has no use for them
+        used = {
+            key
+            for key in old.state_dict()
+            if key.split(".")[0] in ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias")
+        }
+    rope = (
+        ["rope"] if isinstance(old, EvaAttention) else []
+    )  # rotary positions arrive from outside; a mixer has no use for them
     return copied, [key for key in old.state_dict() if key not in copied and key not in used] + rope
 
 
 def _resolve(model, at, could: list[str], among: Iterable[str], inside: bool = False) -> list[str]:
     """Names in ``among`` that ``at`` matches (or, ``inside``, that lie within a match), in the model's order."""
     patterns = could if at is None else [at] if isinstance(at, str) else list(at)
-    listed = ", ".join(could) or "nothing: this model has none"
-    if at is None and not could:
-        raise ValueError(f"at=None: nowhere to go in {type(model).__name__}; give at")
+    listed = ", ".join(could) or "nothing: this model lists none"
+    if not patterns:
+        raise ValueError(f"at={at!r}: nowhere to go in {type(model).__name__}; what could match: {listed}")
     found = []
     for pattern in patterns:
         hits = [name for name in among if name and _matches(pattern, name, inside)]
@@ -235,14 +258,14 @@ def _matches(pattern: str, name: str, inside: bool) -> bool:
 
 def _stages(model: nn.Module) -> list[str]:
     """The stages (or ViT blocks) that a timm model lists as its features."""
-    names = [info["module"] for info in getattr(model, "feature_info", ())]
-    return [name for name in names if not name.startswith(STEMS)]
+    names, modules = [info["module"] for info in getattr(model, "feature_info", ())], dict(model.named_modules())
+    return [n for n in names if n and n in modules and not n.startswith(STEMS)]  # some models list what they don't have
 
 
 def _last(model: nn.Module, name: str) -> str:
-    """The module whose output is that of ``name``: hosts may run the parts of a Sequential without calling it."""
+    """The module whose output is that of ``name``: hosts may run the parts of a chain without calling it."""
     module = model.get_submodule(name)
-    while isinstance(module, nn.Sequential) and len(module):
+    while isinstance(module, CHAINS) and len(module._modules):
         child = next(reversed(module._modules))
         name, module = f"{name}.{child}", module.get_submodule(child)
     return name
@@ -275,7 +298,10 @@ def _probe(model: nn.Module, names: list[str], input_size: tuple[int, int, int] 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or tuple(cfg.get("input_size", (3, 224, 224)))[1:]
+    size = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None)
+        or tuple(cfg.get("input_size", (3, 224, 224)))[1:]
+    )
     return channels, *size
 
 

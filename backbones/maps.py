@@ -16,7 +16,7 @@ def attention_maps(model: nn.Module, images: Tensor, at: str = "*") -> dict[str,
     """Where each block of the zoo inside ``model`` looks.
 
     Args:
-        model: put into eval mode for the call, then back.
+        model: put into eval mode for the call, then every part back into its own.
         images: (B, C, H, W) as the model takes them.
         at: wildcard of the blocks' module names.
 
@@ -34,7 +34,7 @@ def attention_maps(model: nn.Module, images: Tensor, at: str = "*") -> dict[str,
     chosen = {name: module for name, module in blocks.items() if fnmatchcase(name, at)}
     if not chosen:
         raise ValueError(f"at={at!r}: matches none of {', '.join(blocks)}")
-    maps, was_training = {}, model.training
+    maps, was_training = {}, {module: module.training for module in model.modules()}
 
     def keep(name):
         def hook(module, args, output):
@@ -46,7 +46,8 @@ def attention_maps(model: nn.Module, images: Tensor, at: str = "*") -> dict[str,
     try:
         model.eval()(images)
     finally:
-        model.train(was_training)
+        for module, training in was_training.items():  # one by one: parts may be frozen in eval mode
+            module.training = training
         for handle in handles:
             handle.remove()
     return maps
@@ -70,7 +71,9 @@ def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles:
     import matplotlib.pyplot as plt  # of the extra "train"
 
     rows, columns = len(images), 1 + len(maps)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.35 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.3 * columns, 1.35 * rows), squeeze=False, layout="constrained"
+    )
     pixels = images.detach().float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).clamp(0, 1)
     for row, (line, image) in enumerate(zip(axes, pixels)):
         for axis in line:

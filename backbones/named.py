@@ -5,14 +5,22 @@ import sys
 from collections.abc import Callable
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, model_entrypoint, register_model
+import torch
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    register_model,
+)
 from torch import Tensor, nn
 
-from vision_attn import Mixer, list_blocks
-from vision_attn.layout import Residual
+from vision_attn import list_blocks
 
 
-def register_stock(stock: str, add: Callable, module: str, feature_cfg: dict, filter_weights: Callable | None = None) -> None:
+def register_stock(
+    stock: str, add: Callable, module: str, feature_cfg: dict, filter_weights: Callable | None = None
+) -> None:
     """Registers ``stock`` with every block of the zoo.
 
     Args:
@@ -35,13 +43,17 @@ def register_stock(stock: str, add: Callable, module: str, feature_cfg: dict, fi
 
 
 def _entrypoint(name, stock, block, add, module, feature_cfg, filter_weights):
-    def build(attn_kwargs=None, attn_at=None, **kwargs):
-        return add(model_entrypoint(stock)(pretrained=False, **kwargs), block, attn_at, **(attn_kwargs or {}))
-
-    def weights(state_dict: dict, model: nn.Module) -> dict:
-        return _with_own(filter_weights(state_dict, model) if filter_weights else state_dict, model)
-
     def create(pretrained=False, **kwargs):
+        plain = {}
+
+        def build(attn_kwargs=None, attn_at=None, **kwargs):
+            model = model_entrypoint(stock)(pretrained=False, **kwargs)
+            plain.update({key: value.shape for key, value in model.state_dict().items()})
+            return add(model, block, attn_at, **(attn_kwargs or {}))
+
+        def weights(state_dict: dict, model: nn.Module) -> dict:
+            return _with_own(filter_weights(state_dict, model) if filter_weights else state_dict, model, plain)
+
         return build_model_with_cfg(
             build, name, pretrained, feature_cfg=dict(feature_cfg), pretrained_filter_fn=weights, **kwargs
         )
@@ -49,18 +61,24 @@ def _entrypoint(name, stock, block, add, module, feature_cfg, filter_weights):
     create.__name__ = create.__qualname__ = name
     create.__module__ = module
     create.__doc__ = (
-        f"``{stock}`` with ``{block}``. Arguments: timm's, ``attn_kwargs`` (options of the block) and ``attn_at`` (where it goes)."
+        f"``{stock}`` with ``{block}``. Arguments: timm's, ``attn_kwargs`` (options of the block) and "
+        "``attn_at`` (where it goes)."
     )
     return create
 
 
-def _with_own(stock_weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Stock weights completed by the new blocks' own, so that they load strictly and a missing stock weight is an error."""
+def _with_own(weights: dict[str, Tensor], model: nn.Module, plain: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Stock weights made to load strictly: completed by what the block adds, without what it drops.
+
+    Only that: any other weight that is missing, left over or of another shape stays an error.
+
+    Args:
+        weights: of the stock model, or of one with the block.
+        model: with the block.
+        plain: shapes of the stock model's weights, before the block was added.
+    """
     ours = model.state_dict()
-    homes = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (Residual, Mixer)))
-    own = {key: value for key, value in ours.items() if key.startswith(homes)}
-
-    def fits(key: str, value: Tensor) -> bool:
-        return not key.startswith(homes) or (key in own and value.shape == own[key].shape)
-
-    return own | {key: value for key, value in stock_weights.items() if fits(key, value)}
+    added = {key: value for key, value in ours.items() if plain.get(key) != value.shape}
+    dropped = {key for key, shape in plain.items() if key not in ours or key in added}
+    kept = {k: v for k, v in weights.items() if k not in dropped or (k in added and v.shape == added[k].shape)}
+    return added | kept

@@ -1,0 +1,1 @@
+"""Training: configuration, data, loop, checkpoints, log. Knows neither the zoo nor the backbones."""

@@ -38,8 +38,10 @@ def one_of(name: str, value, allowed: Collection) -> None:
 def pair(name: str, value) -> tuple[int, int]:
     """``value`` or ``(value, value)`` as two integers ≥ 1; raises ValueError for anything else."""
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(both) != 2:
-        raise ValueError(f"{name}={value!r}: must be an integer ≥ 1 or a (height, width) pair of them")
-    for one in both:
-        positive_int(name, one)
+    try:
+        height, width = both
+        positive_int(name, height)
+        positive_int(name, width)
+    except ValueError:
+        raise ValueError(f"{name}={value!r}: must be an integer ≥ 1 or a (height, width) pair of them") from None
     return both

@@ -104,18 +104,20 @@ class Tiles(KeySet):
         self.tile = tile
         self.groups, self.members = ("(py px)", "(y x)") if across else ("(y x)", "(py px)")
 
-    def padding(self, grid: Grid) -> tuple[int, int]:
-        return tuple(-n % t for n, t in zip(grid, self.tile))
+    def sizes(self, height: int, width: int) -> dict[str, int]:
+        """Tiles down (y) and across (x), and positions in one (py, px)."""
+        py, px = self.tile
+        return dict(y=(height + py - 1) // py, x=(width + px - 1) // px, py=py, px=px)
 
     def fold(self, x):
-        (py, px), (down, right) = self.tile, self.padding(Grid(x.shape[1], x.shape[2]))
-        x = F.pad(x, (0, 0, 0, right, 0, down))
-        return rearrange(x, f"b (y py) (x px) d -> b {self.groups} {self.members} d", py=py, px=px)
+        height, width = x.shape[1:3]
+        n = self.sizes(height, width)
+        x = F.pad(x, (0, 0, 0, n["x"] * n["px"] - width, 0, n["y"] * n["py"] - height))
+        return rearrange(x, f"b (y py) (x px) d -> b {self.groups} {self.members} d", **n)
 
     def unfold(self, x, grid):
-        (py, px), (down, right) = self.tile, self.padding(grid)
-        sizes = dict(py=py, px=px, y=(grid.height + down) // py, x=(grid.width + right) // px)
-        x = rearrange(x, f"b {self.groups} {self.members} d -> b (y py) (x px) d", **sizes)
+        n = self.sizes(*grid)
+        x = rearrange(x, f"b {self.groups} {self.members} d -> b (y py) (x px) d", **n)
         return x[:, : grid.height, : grid.width]
 
     def mask(self, grid, device):

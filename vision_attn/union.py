@@ -30,7 +30,9 @@ def attend(
     ``bias`` is added to the scaled scores of the only key set, b = B · heads. Cost: (queries × keys looked at) · d.
     """
     heads, prefix = q.shape[1], grid.prefix_of(q.shape[2])
-    on_grid = [rearrange(t[:, :, prefix:], "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for t in (q, k, v)]
+    on_grid = [
+        rearrange(t[:, :, prefix:], "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for t in (q, k, v)
+    ]
     k_prefix, v_prefix = (rearrange(t[:, :, :prefix], "B n P d -> (B n) 1 P d") for t in (k, v))
     route = _one_set if len(key_sets) == 1 else _concatenated
     out = route(*on_grid, k_prefix, v_prefix, grid, key_sets, bias, scale, dropout)

@@ -79,7 +79,8 @@ def layer(name: str, **options) -> type:
     block_class(name)
 
     class Layer:
-        def __new__(cls, channels: int, **more):  # gives a plain OnMap, which copies and pickles
+        # Gives a plain OnMap, which copies and pickles. Some hosts pass their activation; a block keeps its paper's.
+        def __new__(cls, channels: int, *, act_layer=None, **more):
             return create_layer(name, channels, **{**options, **more})
 
     Layer.__name__ = Layer.__qualname__ = f"layer({name!r})"

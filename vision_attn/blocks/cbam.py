@@ -86,7 +86,7 @@ class Block(Gate):
             for pooled in (image.flatten(1).sum(1) / image[0].numel(), image.flatten(1).max(1).values):
                 hidden = (first.weight @ pooled + first.bias).clamp(min=0)
                 scores = scores + last.weight @ hidden + last.bias
-            rows.append(torch.stack([channel / (1 + math.e ** -s) for channel, s in zip(image, scores)]))
+            rows.append(torch.stack([channel / (1 + math.e**-s) for channel, s in zip(image, scores)]))
         x = torch.stack(rows)
         if self.spatial is None:
             return x

@@ -38,7 +38,9 @@ class CrissCross(Pattern):
 class Block(Mixer):
     """Criss-cross attention. ``recurrence``: times a layer on maps applies it; other arguments: `Mixer`."""
 
-    not_causal = "what is right of a pixel in the rows above is never heard, at any depth (315 of 903 past pairs on 6×7)"
+    not_causal = (
+        "what is right of a pixel in the rows above is never heard, at any depth (315 of 903 past pairs on 6×7)"
+    )
 
     def __init__(self, dim, num_heads=None, *, recurrence: int = 2, **mixer):
         super().__init__(dim, num_heads, **mixer)

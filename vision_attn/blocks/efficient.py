@@ -18,9 +18,11 @@ class Block(Mixer):
 
     def __init__(self, dim, num_heads=None, *, attn_drop: float = 0.0, **mixer):
         if attn_drop:
-            raise ValueError(f"attn_drop={attn_drop}: must be 0: the matrix it would drop from is never made; use proj_drop")
+            raise ValueError(
+                f"attn_drop={attn_drop!r}: must be 0: the matrix it would drop from is never made; use proj_drop"
+            )
         if mixer.get("scale") is not None:
-            raise ValueError(f"scale={mixer['scale']}: must be None: there is no q · k to scale")
+            raise ValueError(f"scale={mixer['scale']!r}: must be None: there is no q · k to scale")
         super().__init__(dim, num_heads, **mixer)
 
     def mix(self, q, k, v, grid):

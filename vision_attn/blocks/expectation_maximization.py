@@ -59,7 +59,7 @@ class Block(Gate):
         check.one_of("grad", grad, ("full", "paper"))
         self.iterations, self.temperature, self.through = iterations, temperature, grad == "full"
         self.before = nn.Linear(dim, dim, **dd)
-        self.after = nn.Linear(dim, dim, bias=False, **dd)
+        self.after = nn.Conv2d(dim, dim, 1, bias=False, **dd)
         self.bases = Bases(dim, bases, momentum, beside=self.after, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
 
@@ -69,8 +69,8 @@ class Block(Gate):
             z, mu = self.fit(features.flatten(1, 2))
             redrawn = (z.to(mu.dtype) @ mu.mT).unflatten(1, features.shape[1:3])
         self.bases.note(mu.float().mean(dim=0))
-        redrawn = self.after(redrawn.to(x.dtype).relu())
-        return x + self.norm(redrawn.permute(0, 3, 1, 2))
+        redrawn = redrawn.to(x.dtype).relu().permute(0, 3, 1, 2)
+        return x + self.norm(self.after(redrawn))
 
     def fit(self, x):
         """Responsibilities (B, N, K) and bases (B, C, K) of the features (B, N, C) after all iterations."""
@@ -108,7 +108,7 @@ class Block(Gate):
             bases = [sum(s[k] / total[k] * p for s, p in zip(share, pixels)) for k in range(len(bases))]
             bases = [b / ((b * b).sum().sqrt() + 1e-6) for b in bases]
         redrawn = [sum(s[k] * b for k, b in enumerate(bases)).clamp(min=0) for s in share]
-        return torch.stack([self.after.weight @ r for r in redrawn], dim=1).reshape(image.shape)
+        return torch.stack([self.after.weight[:, :, 0, 0] @ r for r in redrawn], dim=1).reshape(image.shape)
 
 
 class Bases(StepAverage):

@@ -1,0 +1,13 @@
+"""The shapes in the annotations are true: the definitions' tests, run once more with every annotation checked."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_annotated_shapes_hold():
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-k", "definition or reference or mask or identity"]
+    command += ["--jaxtyping-packages=vision_attn,beartype.beartype", "tests/test_blocks.py", "tests/test_layers.py"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,69 @@
+"""The README is true: its code runs as written, its table is the registry's, its commands name files that exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from vision_attn import list_blocks
+from vision_attn.__main__ import BEGIN, END, main, renew
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_runs_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["logits"].shape == (2, 10)
+    assert names["tokens"].shape == (2, 1 + 7 * 11, 64)
+    assert names["maps"]["blocks.0.attn"].shape == (1, 6, 10)
+    assert max(names["errors"].values()) < 1e-4 and (tmp_path / "model.onnx").is_file()
+    assert all(torch.isfinite(names["slot"](torch.zeros(1, 3, 64, 96))).flatten())
+
+
+def test_table_is_the_registry(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"above\n{BEGIN}\nstale\n{END}\nbelow", encoding="utf-8")
+    assert main(["readme", str(page)]) == 0
+    new = page.read_text(encoding="utf-8")
+    assert new.startswith("above\n") and new.endswith("\nbelow") and "stale" not in new
+    assert all(f"| `{name}` |" in new for name in list_blocks())
+    table = re.search(f"{BEGIN}.*{END}", new, re.DOTALL).group()
+    assert table in README, "the table is stale: make docs"
+
+
+def test_page_without_marks_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match="page"):
+        renew(page)
+    assert page.read_text(encoding="utf-8") == "no marks"
+
+
+def test_list_names_every_block(capsys):
+    assert main(["list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_blocks()
+
+
+def test_commands_name_existing_files():
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in filter(None, commands):
+        words = shlex.split(command, comments=True)
+        if words[0] == "make":
+            assert f"\n{words[1]}:" in makefile, command
+        else:
+            assert words[0] == ".venv/bin/python" and (ROOT / words[1]).is_file(), command
+            assert all((ROOT / word).is_file() for word in words if word.startswith("configs/")), command
+    assert len(commands) >= 6
+
+
+def test_relative_links_lead_somewhere():
+    for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page):
+            assert (ROOT / target).exists(), target

@@ -1,0 +1,232 @@
+"""What a run is: nested plain dataclasses, filled from YAML files and the command line.
+
+Values are checked when the configuration is put together; a bad one raises ValueError with its name, its value and what
+is allowed. Types and unknown names are checked before that, by the parser.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+
+def _check(name: str, value, ok: bool, allowed: str):
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+@dataclass
+class ModelConfig:
+    """Model.
+
+    Args:
+        name: any name timm.create_model knows.
+        args: further arguments of timm.create_model, such as drop_path_rate or in_chans (1 or 3).
+        pretrained: start from the published weights of that name.
+    """
+
+    name: str = "cifar_resnet20_cbam"
+    args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Images.
+
+    Args:
+        name: digits, cifar10, cifar100, folder, hfds/NAME (Hugging Face datasets) or wds (WebDataset shards).
+        dir: where the images are: the root of cifar10, cifar100, folder and wds; the cache of hfds.
+        download: let cifar10 and cifar100 be downloaded into dir.
+        train_split: a folder name, a split name or a shard pattern; null takes the usual names of the source.
+        val_split: the same for validation.
+        input_key: name of the image column or file ending, where the source has several.
+        target_key: name of the label column, where the source has several.
+        num_classes: null counts them; wds can't count and needs it.
+        img_size: side of the square the model sees, in pixels; null takes the model's.
+        mean: of each channel, in 0..1, for normalisation; null takes the model's.
+        std: likewise.
+        crop_pct: share of the resized image that evaluation keeps; null takes the model's.
+        workers: loader processes for training, and as many for validation; 0 loads in the main process.
+    """
+
+    name: str = "digits"
+    dir: str | None = None
+    download: bool = False
+    train_split: str | None = None
+    val_split: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    num_classes: int | None = None
+    img_size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    crop_pct: float | None = None
+    workers: int = 0
+
+    def __post_init__(self):
+        kind = self.name.partition("/")[0]
+        _check(
+            "data.name",
+            self.name,
+            kind in ("digits", "cifar10", "cifar100", "folder", "hfds", "wds"),
+            "digits, cifar10, cifar100, folder, hfds/NAME or wds",
+        )
+        _check("data.name", self.name, kind != "hfds" or len(self.name) > len("hfds/"), "hfds/NAME, with a name")
+        _check("data.num_classes", self.num_classes, self.num_classes is None or self.num_classes >= 2, "at least 2")
+        _check("data.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "at least 1")
+        _check("data.crop_pct", self.crop_pct, self.crop_pct is None or 0 < self.crop_pct <= 1, "in (0, 1]")
+        _check("data.workers", self.workers, self.workers >= 0, "0 or more")
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation of training images.
+
+    Args:
+        crop: pad (a random crop of the image padded by an eighth of its side; for small images), resized (a random
+            part, resized), or centre (none).
+        min_area: smallest share of the image a resized crop takes.
+        hflip: probability of a horizontal flip; leave it at 0 where left and right matter, as in digits.
+        color_jitter: strength of brightness, contrast and saturation changes; no effect beside auto_augment.
+        auto_augment: a timm policy such as rand-m9-mstd0.5-inc1.
+        erase: probability of erasing a random rectangle.
+        mixup: alpha of mixup; 0 is off.
+        cutmix: alpha of cutmix; 0 is off; beside mixup each batch takes one of the two.
+        label_smoothing: share of the target spread over all classes.
+    """
+
+    crop: Literal["pad", "resized", "centre"] = "pad"
+    min_area: float = 0.08
+    hflip: float = 0.0
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        for name in ("hflip", "erase"):
+            _check(f"augment.{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "a probability in 0..1")
+        for name in ("color_jitter", "mixup", "cutmix"):
+            _check(f"augment.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _check("augment.min_area", self.min_area, 0 < self.min_area <= 1, "in (0, 1]")
+        _check("augment.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule: linear warm-up from lr / 100, then a cosine down to min_lr, set anew for every step.
+
+    Args:
+        name: any optimizer timm knows; sgd has Nesterov momentum, momentum is without.
+        lr: the peak, for the whole batch.
+        momentum: for optimizers that have one.
+        weight_decay: not applied to biases, norms and other 1-D parameters.
+        args: further arguments of the optimizer, such as betas.
+        warmup_epochs: length of the warm-up; counts as part of epochs.
+        min_lr: the end of the cosine.
+        accumulate: forward passes each batch is split into; changes memory, not the gradient.
+        clip_grad: largest gradient norm; null does not clip.
+        ema: decay of the moving average of the weights, which is then what is evaluated; null keeps none.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    args: dict[str, Any] = field(default_factory=dict)
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    accumulate: int = 1
+    clip_grad: float | None = None
+    ema: float | None = None
+
+    def __post_init__(self):
+        _check("optim.lr", self.lr, self.lr > 0, "positive")
+        _check("optim.min_lr", self.min_lr, 0 <= self.min_lr <= self.lr, "in 0..optim.lr")
+        _check("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        _check("optim.warmup_epochs", self.warmup_epochs, self.warmup_epochs >= 0, "0 or more")
+        _check("optim.accumulate", self.accumulate, self.accumulate >= 1, "at least 1")
+        _check("optim.clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "positive")
+        _check("optim.ema", self.ema, self.ema is None or 0 <= self.ema < 1, "in [0, 1)")
+
+
+@dataclass
+class Config:
+    """The run.
+
+    Args:
+        model: the network.
+        data: the images.
+        augment: augmentation of training images.
+        optim: optimizer and schedule.
+        epochs: passes over the training images.
+        batch_size: images of one optimizer step.
+        seed: of everything random.
+        device: auto (cuda if there is one), or a torch device such as cpu, cuda, cuda:1.
+        threads: CPU threads of the main process; null leaves torch's choice.
+        bf16: forward passes under bfloat16 autocast.
+        channels_last: keep images channels-last in memory.
+        compile: compile the model with torch.compile.
+        output: folder for log.csv, last.pt and best.pt.
+        overwrite: allow a new run in an output folder that already holds one.
+        resume: checkpoint to go on from, at the end of its epoch.
+        eval: checkpoint to evaluate; trains nothing.
+        target_top1: exit with code 1 if the best top-1 accuracy, in percent, stays below this.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: int = 10
+    batch_size: int = 128
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    bf16: bool = False
+    channels_last: bool = True
+    compile: bool = False
+    output: str = "runs/default"
+    overwrite: bool = False
+    resume: str | None = None
+    eval: str | None = None
+    target_top1: float | None = None
+
+    def __post_init__(self):
+        passes = self.optim.accumulate
+        _check("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        _check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        _check("threads", self.threads, self.threads is None or self.threads >= 1, "at least 1")
+        allowed = f"a multiple of optim.accumulate = {passes}"
+        _check("batch_size", self.batch_size, self.batch_size % passes == 0, allowed)
+        if self.augment.mixup or self.augment.cutmix:
+            allowed = f"a multiple of 2 × optim.accumulate = {2 * passes} for mixup and cutmix, which pair images"
+            _check("batch_size", self.batch_size, self.batch_size % (2 * passes) == 0, allowed)
+        if self.resume and self.eval:
+            raise ValueError("resume and eval exclude each other")
+
+
+def parse(description: str, argv: list[str] | None = None) -> Config:
+    """The configuration of the command line `argv` (default: this process's), on top of any --config FILE in it.
+
+    Exits with code 2 and one line that names it for an unknown name, a wrong type or a bad value.
+    """
+    parser = ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    parser.add_class_arguments(Config)
+    namespace = parser.parse_args(argv)
+    try:
+        values = parser.instantiate(namespace)
+        values.pop("config")
+        return Config(**vars(values))
+    except ValueError as error:
+        sys.exit(_exit_line(error))
+
+
+def _exit_line(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,166 @@
+"""Datasets by name, as pairs (PIL image, class index)."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Dataset, IterableDataset
+
+from training.config import DataConfig
+
+FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+DIGITS_SPLIT = dict(test_size=360, random_state=0)
+
+
+class Digits(Dataset):
+    """The 1,797 handwritten digits of scikit-learn, 8×8, enlarged bicubically to 32×32; needs no download.
+
+    A fixed stratified split, `train_test_split(test_size=360, random_state=0)`: 1,437 images to train, 360 to test.
+    """
+
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        pixels, labels = load_digits(return_X_y=True)
+        indices = train_test_split(np.arange(len(labels)), stratify=labels, **DIGITS_SPLIT)[0 if train else 1]
+        small = np.round(pixels[indices].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self.images = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in small]
+        self.targets = labels[indices].tolist()
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], self.targets[index]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def create_datasets(
+    config: DataConfig,
+    in_chans: int = 3,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset, list[str]]:
+    """The training set, the validation set, and the names of their classes.
+
+    digits            see Digits
+    cifar10, cifar100 torchvision's, under config.dir
+    folder            config.dir/train/CLASS/*.jpg and config.dir/val/CLASS/*.jpg
+    hfds/NAME         what datasets.load_dataset(NAME) gives: a name on the Hub, or a local folder of parquet files or
+                      images (what Dataset.save_to_disk wrote is not such a folder; what Dataset.to_parquet wrote is)
+    wds               shards under config.dir, splits named by _info.json or as 'train-{0000..0009}.tar|IMAGE_COUNT';
+                      the order of the images depends on the number of workers, which must not exceed that of the shards
+
+    Args:
+        in_chans: 3 reads colour images, 1 grey ones.
+        batch_size, seed: hints for wds.
+
+    Raises:
+        ValueError: if the data are not there, are not what config says, or have fewer than two classes.
+    """
+    if in_chans not in (1, 3):
+        raise ValueError(f"in_chans must be 1 (grey) or 3 (colour) for images, got {in_chans}")
+    if config.name == "digits":
+        train, val, classes = Digits(train=True), Digits(train=False), Digits.classes
+    else:
+        kind = config.name.partition("/")[0]
+        source = {"cifar10": _cifar, "cifar100": _cifar, "folder": _folder, "hfds": _hfds, "wds": _wds}[kind]
+        reading = dict(input_img_mode="L" if in_chans == 1 else "RGB", batch_size=batch_size, seed=seed)
+        try:
+            train, val, classes = source(config, reading)
+        except (OSError, RuntimeError, AssertionError) as error:  # all three are raised by readers for missing data
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"data.name {config.name}, data.dir {config.dir}: {reason}") from error
+    if not isinstance(val, IterableDataset) and len(val) == 0:
+        raise ValueError(f"data.dir {config.dir} has no validation images")
+    if len(classes) < 2:
+        raise ValueError(f"data.dir {config.dir} must have at least 2 classes, has {len(classes)}: {classes}")
+    if config.num_classes not in (None, len(classes)):
+        raise ValueError(f"data.num_classes is {config.num_classes}, but {config.name} has {len(classes)} classes")
+    return train, val, classes
+
+
+def _directory(config: DataConfig) -> Path:
+    if config.dir is None:
+        raise ValueError(f"data.dir must be given for data.name {config.name}")
+    path = Path(config.dir)
+    if not path.is_dir() and not (config.download and not path.exists()):
+        raise ValueError(f"data.dir {config.dir} is not a directory")
+    return path
+
+
+def _cifar(config, reading):
+    root = _directory(config)
+    train, val = (
+        create_dataset(f"torch/{config.name}", root=root, split=split, download=config.download)
+        for split in ("train", "val")
+    )
+    return train, val, list(train.classes)
+
+
+def _folder(config, reading):
+    root = _directory(config)
+
+    def split(kind, **kwargs):
+        given = getattr(config, f"{kind}_split")
+        names = (given,) if given else FOLDERS[kind]
+        found = [root / name for name in names if (root / name).is_dir()]
+        if not found:
+            raise ValueError(f"data.dir {root} has no folder {' or '.join(names)}")
+        return create_dataset("", root=found[0], search_split=False, **reading, **kwargs)
+
+    train = split("train")
+    class_to_idx = train.reader.class_to_idx
+    extra = sorted(set(split("val").reader.class_to_idx) - set(class_to_idx))
+    if extra:
+        raise ValueError(f"data.dir {root}: validation has classes that training lacks: {', '.join(extra)}")
+    return train, split("val", class_map=class_to_idx), list(class_to_idx)
+
+
+def _hfds(config, reading):
+    train, val = (
+        create_dataset(
+            config.name,
+            root=config.dir,
+            split=split,
+            input_key=config.input_key,
+            target_key=config.target_key,
+            **reading,
+        )
+        for split in (config.train_split or "train", config.val_split or "validation")
+    )
+    class_to_idx = train.reader.class_to_idx
+    if not class_to_idx:  # labels are plain numbers
+        labels = train.reader.dataset.unique(config.target_key or "label")
+        class_to_idx = {str(label): label for label in range(max(labels) + 1)}
+    return train, val, sorted(class_to_idx, key=class_to_idx.get)
+
+
+def _wds(config, reading):
+    root = _directory(config)
+    if config.num_classes is None:
+        raise ValueError("data.num_classes must be given for data.name wds")
+    train, val = (
+        create_dataset(
+            "wds/",
+            root=str(root),
+            split=split,
+            is_training=training,
+            input_key=config.input_key,
+            target_key=config.target_key,
+            **reading,
+        )
+        for split, training in ((config.train_split or "train", True), (config.val_split or "validation", False))
+    )
+    shards = train.reader.split_info.filenames
+    missing = [name for name in (*shards, *val.reader.split_info.filenames) if not (root / name).is_file()]
+    if missing:
+        raise ValueError(f"data.dir {root} has no shard {', '.join(missing)}")
+    if config.workers > len(shards):
+        raise ValueError(
+            f"data.workers must not exceed the {len(shards)} training shards of {root}, got {config.workers}"
+        )
+    return train, val, [str(index) for index in range(config.num_classes)]
