@@ -1,7 +1,8 @@
 """ResNets with attention: ``<resnet>_<block>`` for every block of the zoo, for example ``resnet50_cbam``.
 
-Gates sit in timm's own slot of every residual block, after the last norm and before the addition, as CBAM and GCNet have it.
-Mixers follow the second and third stage, as non-local blocks do: there a map is small enough to mix and large enough to gain.
+Gates sit in timm's own slot of every residual block, after the last norm and before the addition, as CBAM and GCNet
+have it. Mixers follow the second and third stage, as non-local blocks do: there a map is small enough to mix and
+large enough to gain.
 """
 
 from fnmatch import fnmatchcase
@@ -24,7 +25,8 @@ def add_attention(model: ResNet, block: str, at: str | list[str] | None = None, 
     Args:
         model: any of timm's ResNets.
         block: one of `vision_attn.list_blocks`.
-        at: residual blocks ("layer3.*": the layer sits in their slot) or stages ("layer3": it follows the stage), one wildcard or
+        at: residual blocks ("layer3.*": the layer sits in their slot) or stages ("layer3": it follows the stage),
+        one wildcard or
             several. None: every residual block for gates, stages 2 and 3 for mixers.
         options: of the block and of its layer.
 

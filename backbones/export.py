@@ -26,8 +26,10 @@ def export_onnx(
 ) -> dict[tuple[int, int, int], float]:
     """Exports ``model`` in eval mode and compares onnxruntime with PyTorch.
 
-    Batch is always dynamic; height and width are where ``dynamic`` is set and the model takes more than one size. A layer whose
-    gain is zero adds nothing, so a wrong graph of it would pass: then a copy with random gains is exported and checked first.
+    Batch is always dynamic; height and width are where ``dynamic`` is set and the model takes more than one size. A
+    layer whose
+    gain is zero adds nothing, so a wrong graph of it would pass: then a copy with random gains is exported and
+    checked first.
 
     Args:
         model: takes images (B, C, H, W), gives one tensor; float32, on the CPU. It is not changed.
@@ -70,7 +72,7 @@ def export_onnx(
 
 
 def _awake(model: nn.Module) -> nn.Module | None:
-    """A copy whose all-zero parameters are random, so that no part of the graph is multiplied away; None if there are none."""
+    """A copy whose all-zero parameters are random, so that no part is multiplied away; None if there are none."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     asleep = [p for p in model.parameters() if p.numel() and not p.detach().any()]
     with torch.no_grad():

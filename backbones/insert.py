@@ -1,7 +1,8 @@
 """Puts attention into a model that exists already.
 
-`insert` adds a layer behind stages or blocks: every original parameter keeps its name, and the function stays the same bit for
-bit until the layer is trained. `replace` swaps a model's own attention for a block of the zoo and keeps its projections.
+`insert` adds a layer behind stages or blocks: every original parameter keeps its name, and the function stays the
+same bit for bit until the layer is trained. `replace` swaps a model's own attention for a block of the zoo and
+keeps its projections.
 """
 
 import logging
@@ -73,7 +74,7 @@ class GridSource:
         if x.shape[1] != self.num_prefix_tokens + self.grid.size:
             raise ValueError(
                 f"x has {x.shape[1]} tokens, but the latest patch embedding made {self.num_prefix_tokens} + "
-                f"{self.grid.height}×{self.grid.width}: dropped patches, or a checkpointed backward of an earlier image size"
+                f"{self.grid.height}×{self.grid.width}: dropped patches, or a checkpointed backward of another size"
             )
         return self.grid
 
@@ -107,13 +108,14 @@ def insert(
 ) -> nn.Module:
     """Adds ``block`` behind modules of ``model`` and returns the model.
 
-    With ``init_gain=0`` the model stays the same function, bit for bit, until trained. The layer at ``layer3`` becomes the
-    parameters ``layer3.<last block>.attn_<block>.*``; all others keep their names. The model is run once on zeros, in eval mode,
-    to learn the shapes.
+    With ``init_gain=0`` the model stays the same function, bit for bit, until trained. The layer at ``layer3``
+    becomes the parameters ``layer3.<last block>.attn_<block>.*``; all others keep their names. The model is run
+    once on zeros, in eval mode, to learn the shapes.
 
     Args:
         block: one of `vision_attn.list_blocks`.
-        at: names of modules, with wildcards that do not cross dots ("layer3.*"), or several; None: after every stage of a
+        at: names of modules, with wildcards that do not cross dots ("layer3.*"), or several; None: after every
+        stage of a
             convolutional network, every block of a ViT.
         init_gain: 0 starts as identity, 1 as the block was published.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
@@ -151,8 +153,8 @@ def insert(
 def replace(model: nn.Module, block: str, at: str | Iterable[str] | None = None, **options) -> Report:
     """Swaps attention of ``model`` for ``block``, in place, and reports what became of the parameters.
 
-    Self-attention of ViT, DeiT and EVA gives way to a mixer that takes over its heads, dropouts, qkv and proj; squeeze-and-excite
-    layers of convolutional networks to any block as a layer.
+    Self-attention of ViT, DeiT and EVA gives way to a mixer that takes over its heads, dropouts, qkv and proj;
+    squeeze-and-excite layers of convolutional networks to any block as a layer.
 
     Args:
         block: one of `vision_attn.list_blocks`.
@@ -184,7 +186,7 @@ def replace(model: nn.Module, block: str, at: str | Iterable[str] | None = None,
 
 
 def _layer_like(old: nn.Module, block: str, shape, options: dict) -> nn.Module:
-    """What takes the place of ``old``: a layer of its channels, or a mixer of its width, heads, biases, norms and dropouts."""
+    """What takes the place of ``old``: a layer of its channels, or a mixer of its width, heads, biases and dropouts."""
     if isinstance(old, MAP_ATTENTION):
         return create_layer(block, shape[1], **options)
     if not issubclass(block_class(block), Mixer):

@@ -21,8 +21,9 @@ def attention_maps(model: nn.Module, images: Tensor, at: str = "*") -> dict[str,
         at: wildcard of the blocks' module names.
 
     Returns:
-        For each block's name, a map (B, h, w): a gate's weight of every position; for a mixer the share of attention that a
-        position receives from all others, heads averaged, times the number of positions (1 is average). Cost of a mixer's: N².
+        For each block's name, a map (B, h, w): a gate's weight of every position; for a mixer the share of
+        attention that a position receives from all others, heads averaged, times the number of positions (1 is
+        average). Cost of a mixer's: N².
 
     Raises:
         ValueError: there is no block of the zoo in the model, or none that ``at`` matches.

@@ -30,8 +30,7 @@ SMALL = [
 ]
 CIFAR_AND_VIT = SMALL[1:]
 
-# one of each kind is compiled in every run; compiling takes long
-COMPILED = [pytest.param(name, marks=() if name in ("cbam", "dense") else pytest.mark.slow) for name in list_blocks()]
+COMPILED = [pytest.param(name, marks=() if name == "dense" else pytest.mark.slow) for name in list_blocks()]
 
 every_block = pytest.mark.parametrize("block", list_blocks())
 compiled_block = pytest.mark.parametrize("block", COMPILED)
@@ -621,7 +620,7 @@ def test_checkpoint_of_a_distributed_run(tmp_path, stock, args, size, block):
 # timm's own slot
 
 
-@every_block
+@every_gate
 def test_layer_in_a_slot_of_timm(block):
     model = timm.create_model("resnet50", num_classes=7, block_args=dict(attn_layer=layer(block))).eval()
     named = made("resnet50", block, attn_at="layer*.*").eval()

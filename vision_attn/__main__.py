@@ -1,4 +1,4 @@
-"""``python -m vision_attn list`` prints the blocks; ``python -m vision_attn readme FILE`` renews the table of a page."""
+"""``python -m vision_attn list`` prints the blocks; ``python -m vision_attn readme FILE`` renews a page's table."""
 
 import argparse
 import re

@@ -1,7 +1,7 @@
 """State that follows what a module saw, once per optimizer step.
 
-A training step may run forward many times (gradient accumulation, checkpointing). So ``forward`` only notes what it saw;
-the notes are folded in when the optimizer that trains the module has stepped, averaged over all processes.
+A training step may run forward many times (gradient accumulation, checkpointing). So ``forward`` only notes what it
+saw; the notes are folded in when the optimizer that trains the module has stepped, averaged over all processes.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Any block as a residual layer: on feature maps (`OnMap`) or on the tokens of a ViT (`OnTokens`).
 
-Both compute x + gain · update(x) with one learned gain that starts at 0: exactly the identity until trained. The gain is
-a bare parameter, so a host that re-initialises its convolutions and norms can't overwrite it.
+Both compute x + gain · update(x) with one learned gain that starts at 0: exactly the identity until trained. The
+gain is a bare parameter, so a host that re-initialises its convolutions and norms can't overwrite it.
 """
 
 import torch

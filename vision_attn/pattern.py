@@ -36,7 +36,7 @@ class Pattern:
         return F.pad(seen, (prefix, 0, prefix, 0), value=True)
 
     def draw(self, grid: Grid, y: int, x: int) -> str:
-        """What the query at (y, x) sees, as text: ``@`` itself, ``#`` seen, ``-`` not seen (``o``: does not see itself)."""
+        """What the query at (y, x) sees: ``@`` itself, ``#`` seen, ``-`` not seen (``o``: not even itself)."""
         seen = self.mask(grid)[y * grid.width + x]
         signs = ["#" if s else "-" for s in seen.tolist()]
         signs[y * grid.width + x] = "@" if seen[y * grid.width + x] else "o"

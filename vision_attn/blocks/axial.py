@@ -3,12 +3,13 @@
 Ho et al. 2019, Axial Transformer; Wang et al. 2020, Axial-DeepLab, https://arxiv.org/abs/1912.12180
     A_u = softmax over {v : col(v) = col(u)} of (q_u · k_v + q_u · r^q_{v-u} + k_v · r^k_{v-u}) d^-½, then over rows
 Cost: 2 N (H + W) d
-``mode="sequential"`` (height, then width, as in Axial-DeepLab): every pixel hears every other. ``mode="sum"``: both steps see
-the input and their outputs are added; one such layer hears its row and column only.
-``length`` adds the learned relative positions r of Axial-DeepLab, shared by the heads; they are learned for an axis of that
-many pixels and resized linearly to any other.
-Deviations: scores are scaled by d^-½ (Axial-DeepLab: BatchNorm over the scores, which mixes the images of a batch). Positions
-act on queries and keys; its value term r^v is left out, so that the output stays weights @ v. Ho et al. have no r.
+``mode="sequential"`` (height, then width, as in Axial-DeepLab): every pixel hears every other. ``mode="sum"``: both
+steps see the input and their outputs are added; one such layer hears its row and column only.
+``length`` adds the learned relative positions r of Axial-DeepLab, shared by the heads; they are learned for an axis
+of that many pixels and resized linearly to any other.
+Deviations: scores are scaled by d^-½ (Axial-DeepLab: BatchNorm over the scores, which mixes the images of a batch).
+Positions act on queries and keys; its value term r^v is left out, so that the output stays weights @ v. Ho et al.
+have no r.
 
 >>> from vision_attn import Grid
 >>> print(Line(axis=0).draw(Grid(3, 5), 1, 3))
@@ -79,7 +80,7 @@ class Along(Mixer):
         return torch.einsum("bgid,ijd->bgij", q, from_q) + torch.einsum("bgjd,ijd->bgij", k, from_k)
 
     def resized(self, length):
-        """The table of relative positions for an axis of ``length`` pixels: linear, ends kept on ends, (2, 2 length - 1, d)."""
+        """The table for an axis of ``length`` pixels, interpolated linearly, ends on ends, (2, 2 length - 1, d)."""
         wide = torch.promote_types(self.relative.dtype, torch.float32)
         offset = torch.arange(2 * length - 1, device=self.relative.device, dtype=wide) - (length - 1)
         at = offset / offset.amax().clamp(min=1) * (self.length - 1) + self.length - 1

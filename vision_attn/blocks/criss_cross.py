@@ -3,8 +3,9 @@
 Huang et al. 2019, CCNet, https://arxiv.org/abs/1811.11721
     A_u = softmax over {v : row(v) = row(u) or col(v) = col(u)} of q_u · k_v
 Cost: 2 N (H + W) d
-One softmax over the H + W - 1 positions, the pixel itself counted once. On feature maps the layer is applied twice with the
-same weights and the same gain (``recurrence=2``), so that every pixel hears from every other through a corner.
+One softmax over the H + W - 1 positions, the pixel itself counted once. On feature maps the layer is applied twice
+with the same weights and the same gain (``recurrence=2``), so that every pixel hears from every other through a
+corner.
 Deviations: scores are scaled by d^-½ so that several heads and any width train alike (the paper: one head, no scale;
 ``num_heads=1, key_dim=dim // 8, scale=1.0`` gives it). ``proj`` follows the heads as in a ViT (the paper: none).
 On tokens the block is applied once: there the depth of the ViT is the recurrence.

@@ -5,10 +5,10 @@ Huang et al. 2019, ISA; Yuan et al. 2021, OCNet, https://arxiv.org/abs/1907.1227
     short range: A_u = softmax over {v : v in the same factor × factor window as u} of q_u · k_v d^-½
 Cost: 2 N (N / f² + f²) d
 Two steps, each with its own projections; together every pixel hears every other.
-Deviations: padding is masked in both steps (the authors' code attends to it: at 9×9 with factor 4, 38 % of the long-range
-weight falls on zeros), and put at the bottom and right instead of on both sides, so that the grouping does not move with the
-size. Projections are linear (the code: convolution, BatchNorm, ReLU, twice for q and k), so that the block also fits the
-tokens of a ViT; the residual and the 1×1 convolution around the module are the host's.
+Deviations: padding is masked in both steps (the authors' code attends to it: at 9×9 with factor 4, 38 % of the
+long-range weight falls on zeros), and put at the bottom and right instead of on both sides, so that the grouping
+does not move with the size. Projections are linear (the code: convolution, BatchNorm, ReLU, twice for q and k), so
+that the block also fits the tokens of a ViT; the residual and the 1×1 convolution around the module are the host's.
 
 >>> from vision_attn import Grid
 >>> print(Apart(factor=(2, 3)).draw(Grid(5, 7), 2, 4))
@@ -74,7 +74,7 @@ class Step(Mixer):
 
 
 class Block(Sequence):
-    """Long range, then short range. ``factor``: window size, an integer or (height, width); other arguments: `Mixer`."""
+    """Long range, then short range. ``factor``: window size, one integer or (height, width); the rest is `Mixer`'s."""
 
     not_causal = "the past inside the groups of both steps leaves a third of all past pixels unheard, at any depth"
 
