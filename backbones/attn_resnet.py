@@ -25,9 +25,8 @@ def add_attention(model: ResNet, block: str, at: str | list[str] | None = None, 
     Args:
         model: any of timm's ResNets.
         block: one of `vision_attn.list_blocks`.
-        at: residual blocks ("layer3.*": the layer sits in their slot) or stages ("layer3": it follows the stage),
-        one wildcard or
-            several. None: every residual block for gates, stages 2 and 3 for mixers.
+        at: residual blocks ("layer3.*": the layer sits in their slot) or stages ("layer3": it follows the stage), one
+            wildcard or several. None: every residual block for gates, stages 2 and 3 for mixers.
         options: of the block and of its layer.
 
     Raises:

@@ -27,12 +27,11 @@ def export_onnx(
     """Exports ``model`` in eval mode and compares onnxruntime with PyTorch.
 
     Batch is always dynamic; height and width are where ``dynamic`` is set and the model takes more than one size. A
-    layer whose
-    gain is zero adds nothing, so a wrong graph of it would pass: then a copy with random gains is exported and
-    checked first.
+    layer whose gain is zero adds nothing, so a wrong graph of it would pass: then a copy with random gains is exported
+    and checked first.
 
     Args:
-        model: takes images (B, C, H, W), gives one tensor; float32, on the CPU. It is not changed.
+        model: takes images (B, C, H, W), gives one tensor. It is not changed; a float32 copy on the CPU is exported.
         path: of the one file to write; folders are made.
         image_size: (height, width) to trace at; None: the model's own.
         dynamic: whether height and width may vary.
@@ -43,21 +42,21 @@ def export_onnx(
 
     Raises:
         ExportError: a difference is above 1e-4 of the largest output, or the graph does not run. No file is left.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the model does not take images of ``image_size``.
     """
     if not isinstance(opset, int) or opset < 18:
         raise ValueError(f"opset={opset!r}: must be an integer ≥ 18")
     channels, *own_size = _input_size(model)
-    size = (
-        tuple(own_size)
-        if image_size is None
-        else (image_size, image_size)
-        if isinstance(image_size, int)
-        else tuple(image_size)
-    )
+    size = own_size if image_size is None else image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"image_size={image_size!r}: must be an integer ≥ 1 or (height, width)")
-    path, model = Path(path), copy.deepcopy(model).eval()
+    path, model = Path(path), copy.deepcopy(model).cpu().float().eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, channels, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts sizes
+        raise ValueError(f"image_size={size}: the model does not take images of this size: {error}") from error
     sizes = _sizes(model, size, dynamic)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -115,8 +115,7 @@ def insert(
     Args:
         block: one of `vision_attn.list_blocks`.
         at: names of modules, with wildcards that do not cross dots ("layer3.*"), or several; None: after every
-        stage of a
-            convolutional network, every block of a ViT.
+            stage of a convolutional network, every block of a ViT.
         init_gain: 0 starts as identity, 1 as the block was published.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
         options: of the block.
@@ -225,14 +224,10 @@ def _take_over(new: nn.Module, old: nn.Module) -> tuple[list[str], list[str]]:
     for key in copied:
         ours[key].copy_(theirs[key])
     if "qkv.weight" in copied:
-        used = {
-            key
-            for key in old.state_dict()
-            if key.split(".")[0] in ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias")
-        }
-    rope = (
-        ["rope"] if isinstance(old, EvaAttention) else []
-    )  # rotary positions arrive from outside; a mixer has no use for them
+        parts = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias")
+        used = {key for key in old.state_dict() if key.split(".")[0] in parts}
+    # rotary positions arrive from outside, and a mixer has no use for them
+    rope = ["rope"] if isinstance(old, EvaAttention) else []
     return copied, [key for key in old.state_dict() if key not in copied and key not in used] + rope
 
 
@@ -300,10 +295,8 @@ def _probe(model: nn.Module, names: list[str], input_size: tuple[int, int, int] 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    size = (
-        getattr(getattr(model, "patch_embed", None), "img_size", None)
-        or tuple(cfg.get("input_size", (3, 224, 224)))[1:]
-    )
+    strict = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = strict or tuple(cfg.get("input_size", (3, 224, 224)))[1:]
     return channels, *size
 
 

@@ -75,18 +75,19 @@ def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles:
     figure, axes = plt.subplots(
         rows, columns, figsize=(1.3 * columns, 1.35 * rows), squeeze=False, layout="constrained"
     )
-    pixels = images.detach().float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).clamp(0, 1)
+    pixels = images.detach().float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).clamp(0, 1).numpy()
     for row, (line, image) in enumerate(zip(axes, pixels)):
         for axis in line:
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
         for axis, (name, values) in zip(line[1:], maps.items()):
-            shown = F.interpolate(values[row][None, None].float(), image.shape[:2], mode="bilinear")[0, 0].cpu()
-            axis.imshow(shown, cmap="inferno", alpha=0.65)
+            shown = F.interpolate(values[row][None, None].float(), image.shape[:2], mode="bilinear")[0, 0].cpu().numpy()
+            axis.imshow(shown, cmap="inferno", alpha=0.7)
             if row == 0:
                 axis.set_title(name.removesuffix(".block"), fontsize=7)
         if titles is not None:
             line[0].set_ylabel(titles[row], fontsize=7)
+    figure.supxlabel("bright: looked at most; dark: least, each map by its own range", fontsize=7)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

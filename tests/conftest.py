@@ -1,5 +1,6 @@
 """The registry as test cases: an argument named as in `CHOICES` runs over every block in every row of its options."""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,9 @@ CHANNELS = 19  # of gates
 GRIDS = [(13, 17), (1, 23), (29, 1), (1, 1)]  # none is a multiple of a window
 PREFIXES = [0, 1, 5]
 
-# what is special to a block goes with the block
+logging.getLogger("torch.__trace").propagate = False  # thousands of lines under a failure in compiled code
+
+# What is special to a block goes with the block.
 collect_ignore = [
     path.name for path in Path(__file__).parent.glob("test_special_*.py") if path.stem[13:] not in list_blocks()
 ]

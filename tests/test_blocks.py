@@ -168,17 +168,18 @@ def test_attention_dropout_drops_weights_or_is_refused(mixer_case):
 
 
 def test_scale_is_one_over_the_root_of_the_key_channels_or_refused(mixer_case):
-    q, k = torch.randn(2, BATCH, HEADS, GRID.size, KEY, dtype=torch.float64)
     try:
         given = mixer_case.block(scale=KEY**-0.5)
     except ValueError as refusal:
         assert f"scale={KEY**-0.5}" in str(refusal)
         return
-    for step, same, other in zip(given.steps, mixer_case.block().steps, mixer_case.block(scale=1.0).steps):
-        other.load_state_dict(step.state_dict())
-        same.load_state_dict(step.state_dict())
-        assert torch.equal(step.weights(q, k, GRID), same.weights(q, k, GRID))
-        assert not torch.allclose(step.weights(q, k, GRID), other.weights(q, k, GRID))
+    (same, other), x = (mixer_case.block(), mixer_case.block(scale=1.3)), mixer_case.input(GRID)
+    same.load_state_dict(given.state_dict())
+    other.load_state_dict(given.state_dict())
+    assert torch.equal(same(x, GRID), given(x, GRID))
+    assert not torch.allclose(other(x, GRID), given(x, GRID))
+    for fast, plain, inputs in sides(other, GRID, 5):
+        assert_same_function(fast, plain, inputs, [])
 
 
 def test_queries_and_keys_are_normalised_on_request(mixer_case):

@@ -86,6 +86,18 @@ def test_positions_tell_order_and_without_them_there_is_none():
     assert not torch.allclose(seeing(shuffled(x), GRID), shuffled(seeing(x, GRID)))
 
 
+@pytest.mark.parametrize("mode", ["sequential", "sum"])
+def test_its_attention_is_that_of_both_axes(mode):
+    block = create_block("axial", DIM, num_heads=1, mode=mode, length=5).double()
+    for step in block.steps:  # values and output as they are, so that only the attention acts
+        for linear in (step.qkv, step.proj):
+            linear.weight.data[-DIM:] = torch.eye(DIM)
+            linear.bias.data[-DIM:] = 0
+    x = torch.randn(2, 5 + GRID.size, DIM, dtype=torch.float64)
+    total = 2 if mode == "sum" else 1
+    torch.testing.assert_close(block(x, GRID), total * block.attention(x, GRID)[:, 0] @ x, rtol=1e-10, atol=1e-12)
+
+
 def test_axes_have_projections_of_their_own_and_positions_of_their_own_length():
     columns, rows = create_block("axial", DIM, num_heads=HEADS, length=(7, 11)).steps
     assert columns.relative.shape == (2, 2 * 7 - 1, 13) and rows.relative.shape == (2, 2 * 11 - 1, 13)

@@ -43,6 +43,17 @@ def test_every_pixel_hears_every_other(height, width, factor):
     assert ((slope != 0).any(-1)[0] == (near @ far > 0)[0]).all()
 
 
+def test_its_attention_is_that_of_both_steps():
+    grid = Grid(7, 11)
+    block = create_block("interlaced_sparse", DIM, num_heads=1, factor=(2, 3)).double()
+    for step in block.steps:  # values and output as they are, so that only the attention acts
+        for linear in (step.qkv, step.proj):
+            linear.weight.data[-DIM:] = torch.eye(DIM)
+            linear.bias.data[-DIM:] = 0
+    x = torch.randn(2, 5 + grid.size, DIM, dtype=torch.float64)
+    torch.testing.assert_close(block(x, grid), block.attention(x, grid)[:, 0] @ x, rtol=1e-10, atol=1e-12)
+
+
 def test_steps_have_projections_of_their_own():
     one, two = create_block("interlaced_sparse", DIM).steps
     assert not torch.equal(one.qkv.weight, two.qkv.weight) and not torch.equal(one.proj.weight, two.proj.weight)

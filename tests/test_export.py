@@ -1,0 +1,232 @@
+"""`backbones.export_onnx`: one file that gives the model's answers at any size, or an error and no file."""
+
+import copy
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import backbones
+from vision_attn import list_blocks
+
+SIZES = [(1, 40, 28), (3, 52, 44), (2, 4, 60)]  # not among those that export_onnx itself tries
+
+every_block = pytest.mark.parametrize("block", list_blocks())
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_run():
+    torch.manual_seed(0)
+
+
+def alive(model: nn.Module) -> nn.Module:
+    """In eval mode, with no gain, norm or bias at a special initial value."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p += torch.randn_like(p).mul(0.2).add(0.1)
+    return model.eval()
+
+
+def vit(block, **args):
+    return timm.create_model(f"vit_tiny_patch4_32_{block}", **{"depth": 1, "num_classes": 7, **args})
+
+
+def resnet(block, **args):
+    return timm.create_model(f"cifar_resnet20_{block}", **{"num_classes": 7, "attn_at": "layer3.2", **args})
+
+
+def assert_same_answers(model, path, sizes=SIZES, channels=3):
+    """The file against the model, in onnxruntime and without the code under test."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch, *size in sizes:
+        x = torch.randn(batch, channels, *size)
+        (got,) = session.run(None, {"image": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-4, atol=1e-5)
+
+
+def shape_of_input(path):
+    """Of the graph's input; a name where it is free."""
+    dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    return [dim.dim_param or dim.dim_value for dim in dims]
+
+
+# Right graphs
+
+
+@every_block
+@pytest.mark.parametrize("make, args", [(resnet, {}), (vit, dict(dynamic_img_size=True))], ids=["resnet", "vit"])
+def test_every_block_exports_for_any_size(tmp_path, make, args, block):
+    model = alive(make(block, **args))
+    errors = backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36))
+    assert len(errors) == 6 and all(0 <= error < 1e-4 for error in errors.values())
+    assert all(height != 28 and width != 36 for _, height, width in list(errors)[1:])
+    assert {(28, 36)}.isdisjoint(size[1:] for size in errors) and len({batch for batch, *_ in errors}) > 2
+    free, channels, *size = shape_of_input(tmp_path / "m.onnx")
+    assert channels == 3 and all(isinstance(name, str) for name in (free, *size)) and len({free, *size}) == 3
+    assert_same_answers(model, tmp_path / "m.onnx")
+
+
+@pytest.mark.slow
+@every_block
+@pytest.mark.parametrize("gains", ["new", "trained"])
+def test_every_block_in_its_usual_places(tmp_path, block, gains):
+    for name, args in (("resnet18", {}), ("vit_tiny_patch4_32", dict(depth=2, dynamic_img_size=True))):
+        model = timm.create_model(f"{name}_{block}", num_classes=7, **args).eval()
+        if gains == "trained":
+            alive(model)
+        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(64, 96))
+        assert_same_answers(model, tmp_path / "m.onnx", [(1, 40, 100), (3, 132, 44)])
+
+
+@pytest.mark.slow
+@every_block
+def test_layers_inserted_in_a_window_attention_export(tmp_path, block):
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), embed_dim=48, num_heads=(3, 6))
+    alive(backbones.insert(model, block))
+    assert set(backbones.export_onnx(model, tmp_path / "m.onnx")) == {(b, 56, 56) for b in (1, 3, 4, 5, 7, 8)}
+
+
+def test_a_vit_of_one_size_exports_for_any_batch(tmp_path):
+    model = alive(vit("dense", img_size=(20, 28)))
+    errors = backbones.export_onnx(model, tmp_path / "m.onnx", dynamic=True)
+    assert {size[1:] for size in errors} == {(20, 28)} and len(errors) == 6 and 2 not in {size[0] for size in errors}
+    free, *fixed = shape_of_input(tmp_path / "m.onnx")
+    assert isinstance(free, str) and fixed == [3, 20, 28]
+    assert_same_answers(model, tmp_path / "m.onnx", [(2, 20, 28), (11, 20, 28)])
+
+
+def test_one_size_on_request(tmp_path):
+    model = alive(resnet("dense", in_chans=1))
+    errors = backbones.export_onnx(model, str(tmp_path / "new" / "folder" / "m.onnx"), image_size=23, dynamic=False)
+    assert {size[1:] for size in errors} == {(23, 23)}
+    free, *fixed = shape_of_input(tmp_path / "new/folder/m.onnx")
+    assert isinstance(free, str) and fixed == [1, 23, 23]
+    assert_same_answers(model, tmp_path / "new/folder/m.onnx", [(2, 23, 23)], channels=1)
+
+
+@pytest.mark.parametrize("opset", [18, 20, 23])
+def test_opsets(tmp_path, opset):
+    model = alive(vit("dense", dynamic_img_size=True))
+    backbones.export_onnx(model, tmp_path / "m.onnx", opset=opset)
+    written = onnx.load(tmp_path / "m.onnx")
+    assert {one.domain: one.version for one in written.opset_import}[""] == opset
+    assert (opset == 23) == any(node.op_type == "Attention" for node in written.graph.node)
+    assert_same_answers(model, tmp_path / "m.onnx")
+
+
+def test_a_new_layer_is_exported_as_it_is_and_the_model_is_left_alone(tmp_path):
+    """Random gains are for the check alone."""
+    model = resnet("dense").train()
+    model.fc.eval()
+    before, modes = copy.deepcopy(model.state_dict()), {m: m.training for m in model.modules()}
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    backbones.export_onnx(model, tmp_path / "m.onnx")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert {m: m.training for m in model.modules()} == modes and all(p.grad is None for p in model.parameters())
+    assert_same_answers(copy.deepcopy(model).eval(), tmp_path / "m.onnx")
+
+
+def test_one_file_with_the_weights_in_it(tmp_path):
+    model = alive(vit("dense"))
+    backbones.export_onnx(model, tmp_path / "m.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").stat().st_size > sum(4 * p.numel() for p in model.parameters())
+    weights = onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.initializer
+    assert not any(weight.external_data for weight in weights)
+
+
+# Wrong graphs
+
+
+class Wrong(nn.Module):
+    """A layer whose graph holds for the traced size alone, behind a gain."""
+
+    def __init__(self, gain=0.0, size=1.0):
+        super().__init__()
+        self.conv, self.gain, self.size = nn.Conv2d(3, 5, 3, padding=1), nn.Parameter(torch.full((1,), gain)), size
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.size * (x + self.gain * self.update(x))
+
+
+class RootOfSize(Wrong):
+    def update(self, x):
+        return x * int((x.shape[2] * x.shape[3]) ** 0.5) / 30
+
+
+class OddOrEven(Wrong):
+    def update(self, x):
+        return 2 * x if x.shape[2] % 2 else x
+
+
+class OwnPathForExport(Wrong):
+    def update(self, x):
+        return x / (29 if torch.compiler.is_exporting() else x.shape[2])
+
+
+class FixedPooling(Wrong):
+    def update(self, x):
+        return F.interpolate(F.adaptive_avg_pool2d(x, 2), size=x.shape[2:])
+
+
+class NotANumber(Wrong):
+    def update(self, x):
+        return x / (x.shape[2] - 26)  # 24 + 2: division by zero at one of the sizes in the graph and in the model
+
+    def forward(self, x):
+        return super().forward(x) if torch.compiler.is_exporting() else self.conv(x) * self.size
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+@pytest.mark.parametrize("wrong", [RootOfSize, OddOrEven, OwnPathForExport, FixedPooling])
+def test_a_wrong_graph_is_an_error_and_leaves_no_file(tmp_path, wrong, gain):
+    """Also where the layer's gain is still zero, so that the wrong part does not show in the output."""
+    model = wrong(gain).eval()
+    with pytest.raises(backbones.ExportError, match=r"at \(batch, height, width\) = .* onnxruntime"):
+        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(29, 31))
+    assert not list(tmp_path.iterdir())
+    assert model.gain.item() == gain
+
+
+def test_a_wrong_graph_of_small_outputs_is_an_error(tmp_path):
+    """As of a model that ends in a softmax over many classes."""
+    with pytest.raises(backbones.ExportError):
+        backbones.export_onnx(OddOrEven(0.5, size=1e-3), tmp_path / "m.onnx", image_size=(29, 31))
+
+
+def test_a_failed_export_keeps_what_was_there(tmp_path):
+    (tmp_path / "m.onnx").write_text("an earlier file")
+    with pytest.raises(backbones.ExportError):
+        backbones.export_onnx(OddOrEven(), tmp_path / "m.onnx", image_size=(29, 31))
+    assert (tmp_path / "m.onnx").read_text() == "an earlier file" and len(list(tmp_path.iterdir())) == 1
+
+
+# Bad arguments
+
+
+@pytest.mark.parametrize("opset", [17, 0, -1, "20", 20.0, None, True])
+def test_a_wrong_opset_is_named(tmp_path, opset):
+    with pytest.raises(ValueError, match=f"opset={opset!r}"):
+        backbones.export_onnx(resnet("dense"), tmp_path / "m.onnx", opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, -32, (32,), (32, 0), (3, 32, 32), "32", "ab", 32.0, (32.0, 32)])
+def test_a_wrong_image_size_is_named(tmp_path, size):
+    with pytest.raises(ValueError, match="image_size="):
+        backbones.export_onnx(resnet("dense"), tmp_path / "m.onnx", image_size=size)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [30, (32, 33), (64, 32)])
+def test_an_image_size_that_the_model_does_not_take_is_named(tmp_path, size):
+    with pytest.raises(ValueError, match="image_size="):
+        backbones.export_onnx(vit("dense"), tmp_path / "m.onnx", image_size=size)
+    assert not list(tmp_path.iterdir())

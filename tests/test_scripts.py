@@ -1,0 +1,109 @@
+"""The scripts beside training: they do what their first lines say, and bad input gets one line and exit code 2."""
+
+import csv
+import runpy
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import backbones  # noqa: F401  registers the named models
+from training import checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name: str):
+    return runpy.run_path(str(ROOT / f"{name}.py"))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A checkpoint as train_imagenet.py leaves it, of a model that knows nothing."""
+    torch.manual_seed(0)
+    args = dict(num_classes=10, in_chans=3)
+    model = timm.create_model("cifar_resnet20_cbam", **args)
+    data = dict(mean=[0.5] * 3, std=[0.25] * 3, input_size=[3, 32, 32], interpolation="bicubic", crop_pct=1.0)
+    checkpoint.save(
+        tmp_path / "best.pt",
+        model="cifar_resnet20_cbam",
+        model_args=args,
+        state_dict=model.state_dict(),
+        ema=None,
+        optimizer={},
+        epoch=1,
+        step=1,
+        metrics={},
+        data=data | dict(class_names=[str(digit) for digit in range(10)]),
+        config=dict(data=dict(name="digits")),
+        versions=checkpoint.versions(),
+    )
+    return tmp_path / "best.pt", model.eval()
+
+
+def test_checkpoint_is_exported(trained, tmp_path, capsys):
+    path, model = trained
+    assert script("export_onnx")["main"](["--checkpoint", str(path), "--path", str(tmp_path / "out" / "m.onnx")]) == 0
+    assert "largest difference" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "m.onnx")
+    images = torch.randn(3, 3, 29, 41)
+    (got,) = session.run(None, {"image": images.numpy()})
+    np.testing.assert_allclose(got, model(images).detach().numpy(), atol=1e-5)
+
+
+def test_named_model_is_exported_with_its_arguments(tmp_path):
+    arguments = ["--model", "vit_tiny_patch4_32_efficient", "--model_args", "{depth: 1, num_classes: 3}"]
+    arguments += ["--image_size", "32", "--dynamic", "false", "--path", str(tmp_path / "m.onnx")]
+    assert script("export_onnx")["main"](arguments) == 0
+    (output,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_outputs()
+    assert output.shape[1] == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--path", "m.onnx"], "checkpoint or model"),
+        (["--path", "m.onnx", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
+        (["--path", "m.onnx", "--model", "resnet1"], "resnet1"),
+        (["--path", "m.onnx", "--model", "vit_tiny_patch4_32", "--image_size", "30"], "image_size"),
+        (["--path", "m.onnx", "--model", "cifar_resnet20", "--opset", "3"], "opset=3"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert script("export_onnx")["main"](arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_is_drawn_for_every_class(trained, tmp_path):
+    names = script("show_attention")
+    picture = tmp_path / "out" / "attention.png"
+    assert names["main"](["--checkpoint", str(trained[0]), "--path", str(picture), "--at", "layer3.*"]) == 0
+    width, height = Image.open(picture).size
+    assert height > 2 * width  # ten rows, four columns
+    images = [(None, label) for label in (0, 0, 0, 1, 0, 2, 0)]
+    assert [label for _, label in names["varied"](images, 4)] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("more, said", [(["--at", "nope*"], "nope*"), (["--count", "0"], "count=0")])
+def test_what_cannot_be_drawn_is_said(trained, tmp_path, capsys, more, said):
+    picture = tmp_path / "attention.png"
+    assert script("show_attention")["main"](["--checkpoint", str(trained[0]), "--path", str(picture), *more]) == 2
+    assert said in capsys.readouterr().err
+    assert not picture.exists()
+
+
+def test_benchmark_writes_ratios(tmp_path):
+    path = tmp_path / "out" / "mixers.csv"
+    script("benchmark")["benchmark"](sizes=((3, 5),), dim=64, heads=2, repeats=1, path=str(path))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# python benchmark.py")
+    rows = {row["block"]: row for row in csv.DictReader(lines[1:])}
+    assert float(rows["dense"]["step: dense / block"]) == 1
+    assert all(float(row["forward ms"]) > 0 for row in rows.values())
