@@ -86,7 +86,8 @@ def test_every_block_in_its_usual_places(tmp_path, block, gains):
 @pytest.mark.slow
 @every_block
 def test_layers_inserted_in_a_window_attention_export(tmp_path, block):
-    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), embed_dim=48, num_heads=(3, 6))
+    args = dict(img_size=56, depths=(1, 1), embed_dim=48, num_heads=(3, 6))
+    model = timm.create_model("swin_tiny_patch4_window7_224", **args)
     alive(backbones.insert(model, block))
     assert set(backbones.export_onnx(model, tmp_path / "m.onnx")) == {(b, 56, 56) for b in (1, 3, 4, 5, 7, 8)}
 
@@ -124,8 +125,6 @@ def test_a_new_layer_is_exported_as_it_is_and_the_model_is_left_alone(tmp_path):
     model = resnet("dense").train()
     model.fc.eval()
     before, modes = copy.deepcopy(model.state_dict()), {m: m.training for m in model.modules()}
-    calls = []
-    model.register_forward_hook(lambda *args: calls.append(1))
     backbones.export_onnx(model, tmp_path / "m.onnx")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert {m: m.training for m in model.modules()} == modes and all(p.grad is None for p in model.parameters())
@@ -176,14 +175,6 @@ class FixedPooling(Wrong):
         return F.interpolate(F.adaptive_avg_pool2d(x, 2), size=x.shape[2:])
 
 
-class NotANumber(Wrong):
-    def update(self, x):
-        return x / (x.shape[2] - 26)  # 24 + 2: division by zero at one of the sizes in the graph and in the model
-
-    def forward(self, x):
-        return super().forward(x) if torch.compiler.is_exporting() else self.conv(x) * self.size
-
-
 @pytest.mark.parametrize("gain", [0.0, 0.5])
 @pytest.mark.parametrize("wrong", [RootOfSize, OddOrEven, OwnPathForExport, FixedPooling])
 def test_a_wrong_graph_is_an_error_and_leaves_no_file(tmp_path, wrong, gain):
@@ -198,7 +189,7 @@ def test_a_wrong_graph_is_an_error_and_leaves_no_file(tmp_path, wrong, gain):
 def test_a_wrong_graph_of_small_outputs_is_an_error(tmp_path):
     """As of a model that ends in a softmax over many classes."""
     with pytest.raises(backbones.ExportError):
-        backbones.export_onnx(OddOrEven(0.5, size=1e-3), tmp_path / "m.onnx", image_size=(29, 31))
+        backbones.export_onnx(OddOrEven(0.5, size=1e-4), tmp_path / "m.onnx", image_size=(29, 31))
 
 
 def test_a_failed_export_keeps_what_was_there(tmp_path):

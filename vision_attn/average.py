@@ -29,7 +29,7 @@ class StepAverage(nn.Module):
         self._start()
 
     def _start(self):
-        self._seen, self._times, self._order = None, 0, next(_born)
+        self._notes, self._order = None, next(_born)
         _live.add(self)
 
     def fold(self, seen: Tensor) -> None:
@@ -39,21 +39,22 @@ class StepAverage(nn.Module):
     def note(self, seen: Tensor) -> None:
         """Remembers ``seen`` for the coming step. Does nothing in eval mode or without gradients."""
         if self.training and torch.is_grad_enabled():
-            self._seen = seen.detach() if self._seen is None else self._seen + seen.detach()
-            self._times = self._times + 1
+            note = (seen.detach(), torch.ones((), device=seen.device))  # a tensor counts: an int would recompile
+            self._notes = note if self._notes is None else tuple(a + b for a, b in zip(self._notes, note))
 
     def settle(self) -> None:
         """Folds the notes in, averaged over processes. Called after every optimizer step; no notes, no change."""
-        if self._seen is None:
+        if self._notes is None:
             return
-        seen, self._seen, self._times = self._seen / self._times, None, 0
+        (seen, times), self._notes = self._notes, None
         if dist.is_available() and dist.is_initialized():
+            seen, times = seen.clone(), times.clone()
             dist.all_reduce(seen)
-            seen = seen / dist.get_world_size()
-        self.fold(seen)
+            dist.all_reduce(times)
+        self.fold(seen / times)
 
     def __getstate__(self):
-        return {**self.__dict__, "_seen": None, "_times": 0}  # a copy starts without notes
+        return {**self.__dict__, "_notes": None}  # a copy starts without notes
 
     def __setstate__(self, state):
         super().__setstate__(state)

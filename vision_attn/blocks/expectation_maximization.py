@@ -69,7 +69,7 @@ class Block(Gate):
         with torch.set_grad_enabled(self.through and torch.is_grad_enabled()):
             z, mu = self.fit(features.flatten(1, 2))
             redrawn = (z.to(mu.dtype) @ mu.mT).unflatten(1, features.shape[1:3])
-        self.bases.note(mu.float().mean(dim=0))
+        self.bases.note(mu.to(torch.promote_types(mu.dtype, torch.float32)).mean(dim=0))
         redrawn = redrawn.to(x.dtype).relu().permute(0, 3, 1, 2)
         return x + self.norm(self.after(redrawn))
 

@@ -1,0 +1,370 @@
+"""`backbones.insert`: the model stays what it was, bit for bit, and the new layer is where it was asked for."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import backbones
+from vision_attn import OnMap, OnTokens, describe, list_blocks
+from vision_attn.layout import Residual
+
+GATES = [name for name in list_blocks() if describe(name).kind == "gate"]
+MIXERS = [name for name in list_blocks() if describe(name).kind == "mixer"]
+# model, its arguments, the size of an image it takes, and where layers go when nothing is said
+HOSTS = {
+    "resnet18": ({}, (67, 43), ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]),
+    "resnet50": ({}, (67, 43), ["layer1.2", "layer2.3", "layer3.5", "layer4.2"]),
+    "cifar_resnet20": ({}, (29, 37), ["layer1.2", "layer2.2", "layer3.2"]),
+    "regnety_002": ({}, (67, 43), ["s1.b1", "s2.b1", "s3.b4", "s4.b7"]),
+    "convnext_atto": ({}, (67, 43), [f"stages.{i}" for i in range(4)]),
+    "efficientnet_b0": ({}, (67, 43), ["blocks.0.0", "blocks.1.1", "blocks.2.1", "blocks.4.2", "blocks.6.0"]),
+    "mobilenetv3_small_050": ({}, (67, 43), ["blocks.0.0", "blocks.1.1", "blocks.3.1", "blocks.5.0"]),
+    "vit_tiny_patch16_224": (dict(depth=2, img_size=(48, 80)), (48, 80), ["blocks.0", "blocks.1"]),
+    "deit_tiny_distilled_patch16_224": (dict(depth=2, img_size=(48, 80)), (48, 80), ["blocks.0", "blocks.1"]),
+    "deit3_small_patch16_224": (dict(depth=2, img_size=(48, 80)), (48, 80), ["blocks.0", "blocks.1"]),
+    "eva02_tiny_patch14_224": (dict(depth=2, img_size=(42, 70)), (42, 70), ["blocks.0", "blocks.1"]),
+    "swin_tiny_patch4_window7_224": (
+        dict(img_size=(56, 84), depths=(1, 1, 2, 1), embed_dim=48), (56, 84), [f"layers.{i}" for i in range(4)],
+    ),
+}  # fmt: skip
+
+every_block = pytest.mark.parametrize("block", list_blocks())
+every_host = pytest.mark.parametrize("host", HOSTS)
+one_of_each_kind = pytest.mark.parametrize("block", GATES[-1:] + MIXERS[-1:])
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_run():
+    torch.manual_seed(0)
+
+
+def alive(model: nn.Module) -> nn.Module:
+    """Nothing is at a special initial value: no residual branch, gain or layer scale is zero or close to it."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p += torch.randn_like(p).mul(0.2).add(0.1)
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean.normal_(std=0.1)
+                norm.running_var.uniform_(0.5, 2)
+    return model
+
+
+def made(host, **more):
+    args, size, _ = HOSTS[host]
+    return alive(timm.create_model(host, num_classes=7, **{**args, **more})), torch.randn(2, 3, *size)
+
+
+def layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, Residual)}
+
+
+def run(model, x):
+    torch.manual_seed(1)
+    return model(x)
+
+
+# The model stays what it was
+
+
+@every_block
+@every_host
+def test_same_function_bit_for_bit(host, block):
+    model, x = made(host, drop_rate=0.2, drop_path_rate=0.2)
+    before, twin = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+    assert backbones.insert(model, block) is model
+    after = model.state_dict()
+    assert [key for key in after if key in before] == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    new = tuple(f"{name}.attn_{block}." for name in HOSTS[host][2])
+    assert all(key.startswith(new) for key in after.keys() - before.keys())
+    assert torch.equal(run(model.eval(), x), run(twin.eval(), x))
+    outs = [run(one.train(), x) for one in (model, twin)]
+    assert torch.equal(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    theirs, ours = dict(twin.named_parameters()), dict(model.named_parameters())
+    assert all(torch.equal(ours[key].grad, p.grad) for key, p in theirs.items() if p.grad is not None)
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in twin.state_dict().items())  # running statistics too
+
+
+@pytest.mark.parametrize("block", GATES + MIXERS[:1])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_same_function_with_any_number_of_prefix_tokens(block, prefix):
+    tokens = dict(class_token=prefix > 0, reg_tokens=max(0, prefix - 1), global_pool="avg")
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=(48, 80), num_classes=7, **tokens)
+    x, twin = torch.randn(3, 3, 48, 80), copy.deepcopy(alive(model))
+    backbones.insert(model, block)
+    assert torch.equal(model.eval()(x), twin.eval()(x))
+
+
+@one_of_each_kind
+@every_host
+def test_inserting_leaves_frozen_parts_frozen(host, block):
+    model, _ = made(host)
+    model.train()
+    frozen = model.get_submodule(HOSTS[host][2][0]).eval()
+    modes = {m: m.training for m in model.modules()}
+    backbones.insert(model, block, init_gain=0.5)
+    assert all(m.training == mode for m, mode in modes.items()) and not frozen.training
+    assert all(m.training for m in layers(model).values())
+    assert all(m.gain.item() == 0.5 for m in layers(model).values())
+
+
+# The layer does its work
+
+
+@one_of_each_kind
+@every_host
+def test_layer_sees_the_output_of_its_place_once(host, block):
+    model, x = made(host)
+    seen, counts = {}, {}
+    for name in HOSTS[host][2]:
+        model.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: seen.update({name: out.clone()})
+        )
+    backbones.insert(model, block)
+    alive(model).eval()
+    for name, layer in layers(model).items():
+        layer.register_forward_hook(
+            lambda m, args, out, name=name: counts.update(
+                {name: [*counts.get(name, []), (args[0].clone(), out.clone())]}
+            )
+        )
+    after = {}
+    for name in HOSTS[host][2]:
+        model.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: after.update({name: out.clone()})
+        )
+    with torch.no_grad():
+        model(x)
+    assert list(counts) == [f"{name}.attn_{block}" for name in HOSTS[host][2]]
+    for name in HOSTS[host][2]:
+        ((came, went),) = counts[f"{name}.attn_{block}"]  # once
+        if host.startswith("swin"):
+            came, went = came.permute(0, 2, 3, 1), went.permute(0, 2, 3, 1)
+        assert torch.equal(came, seen[name]) and torch.equal(went, after[name]) and not torch.equal(came, went)
+
+
+@one_of_each_kind
+@every_host
+def test_checkpointing_does_not_pass_the_layer_by(host, block):
+    """Some hosts run the parts of a stage one by one when they checkpoint, and never call the stage."""
+    model, x = made(host)
+    alive(backbones.insert(model, block)).eval()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    outs = [one(x) for one in (model, twin)]
+    assert torch.equal(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters()):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
+    assert all(layer.gain.grad is not None for layer in layers(twin).values())
+
+
+@every_block
+def test_one_step_trains_the_layer(block):
+    model, x = made("resnet18")
+    backbones.insert(model, block)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    for name, layer in layers(model).items():
+        assert layer.gain != 0 and all(p.grad is not None for p in layer.parameters()), name
+
+
+@every_block
+@pytest.mark.parametrize("host", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224"])
+def test_any_size_where_the_host_takes_any_size(host, block):
+    free = dict(strict_img_size=False) if host.startswith("swin") else dict(dynamic_img_size=True)
+    model, x = made(host, **free)
+    alive(backbones.insert(model, block)).eval()
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    wanted = model(x)
+    assert model(torch.randn(2, 3, 112, 336)).isfinite().all()
+    assert all(torch.equal(one(x), wanted) for one in copies)
+
+
+# Where
+
+
+@every_block
+def test_places_by_name_wildcard_and_list(block):
+    def places(at, host="resnet18"):
+        return [name.removesuffix(f".attn_{block}") for name in layers(backbones.insert(made(host)[0], block, at))]
+
+    assert places("layer3") == ["layer3.1"]
+    assert places("layer3.*") == ["layer3.0", "layer3.1"]
+    assert places("layer[13].0") == ["layer1.0", "layer3.0"]
+    assert places(["layer4.0", "layer1"]) == ["layer1.1", "layer4.0"]
+    assert places(("layer3", "layer3.1", "layer?")) == [f"layer{i}.1" for i in (1, 2, 3, 4)]  # each place once
+    assert places("layer2.0.conv2") == ["layer2.0.conv2"]
+    assert places("maxpool") == ["maxpool"]
+    assert places("blocks.1", "vit_tiny_patch16_224") == ["blocks.1"]
+    assert places("blocks.*.attn", "eva02_tiny_patch14_224") == ["blocks.0.attn", "blocks.1.attn"]
+    assert places("stages.2.blocks.[0-2]", "convnext_atto") == [f"stages.2.blocks.{i}" for i in range(3)]
+
+
+def test_wildcards_do_not_cross_dots():
+    model, _ = made("vit_tiny_patch16_224", depth=11)
+    backbones.insert(model, "cbam" if "cbam" in list_blocks() else GATES[0], "blocks.1*")
+    assert [name.split(".")[1] for name in layers(model)] == ["1", "10"]
+
+
+def test_a_layer_used_twice_in_one_place_is_one_hook():
+    model, x = made("resnet18")
+    calls = []
+    backbones.insert(model, GATES[0], ["layer3", "layer3.1"])
+    (layer,) = layers(model).values()
+    layer.register_forward_hook(lambda *args: calls.append(1))
+    model(x)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("at", ["layer5", "layer3.7", "layer3*.conv9", "", ["layer3", "stages.*"], []])
+def test_a_wrong_place_lists_the_right_ones_and_changes_nothing(at):
+    for block in list_blocks():
+        model, _ = made("resnet18")
+        keys = list(model.state_dict())
+        with pytest.raises(ValueError, match=r"at=.*layer1, layer2, layer3, layer4$"):
+            backbones.insert(model, block, at)
+        assert list(model.state_dict()) == keys and not layers(model)
+
+
+@pytest.mark.parametrize("at", ["fc", "global_pool", "head", "layer3.0.drop_block.*"])
+def test_what_is_no_map_and_no_tokens_is_refused(at):
+    model, _ = made("resnet18")
+    with pytest.raises(ValueError, match="at="):
+        backbones.insert(model, GATES[0], at)
+    assert not layers(model)
+
+
+@every_block
+def test_a_place_takes_a_block_once(block):
+    for host in ("resnet18", "vit_tiny_patch16_224", "regnety_002"):
+        model, x = made(host)
+        backbones.insert(model, block, HOSTS[host][2][-1])
+        keys, wanted = list(model.state_dict()), model.eval()(x)
+        with pytest.raises(ValueError, match=f"{HOSTS[host][2][-1]} already has a {block}"):
+            backbones.insert(model, block)
+        assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
+
+
+def test_other_blocks_go_behind_the_first():
+    for host in ("resnet18", "vit_tiny_patch16_224", "regnety_002"):
+        model, x = made(host)
+        wanted, calls = model.eval()(x), {}
+        for block in list_blocks():
+            backbones.insert(model, block, HOSTS[host][2][-1])
+        for name, layer in layers(model).items():
+            layer.register_forward_hook(lambda m, args, out, name=name, calls=calls: calls.update({name: len(calls)}))
+        assert torch.equal(model(x), wanted)
+        assert [name.split(".attn_")[1] for name in calls] == list_blocks()
+
+
+def test_a_bad_option_leaves_the_model_as_it_was():
+    """3 heads divide the 24 channels of the first stage, not the 56 of the second."""
+    for block in MIXERS:
+        model, x = made("regnety_002")
+        keys, wanted = list(model.state_dict()), model.eval()(x)
+        with pytest.raises(ValueError, match="num_heads=3: must divide dim=56"):
+            backbones.insert(model, block, num_heads=3)
+        assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
+        backbones.insert(model, block, num_heads=2)
+
+
+@pytest.mark.parametrize("block", ["nonsense", "cbamm"])
+def test_an_unknown_block_is_refused(block):
+    with pytest.raises(ValueError, match=f"block='{block}'"):
+        backbones.insert(made("resnet18")[0], block)
+
+
+def test_a_place_that_runs_all_its_children_is_refused():
+    model = alive(timm.create_model("densenet121", num_classes=7)).eval()
+    for at in (None, "features.denseblock2"):
+        with pytest.raises(ValueError, match="features.denseblock2|features.denseblock1"):
+            backbones.insert(model, GATES[0], at)
+    x = torch.randn(2, 3, 67, 43)
+    wanted = model(x)
+    assert torch.equal(backbones.insert(model, GATES[0], "features.transition2")(x), wanted)
+
+
+def test_tokens_without_a_grid_are_refused():
+    model = timm.create_model("xcit_nano_12_p16_224", num_classes=7, depth=1)
+    with pytest.raises(ValueError, match="model=Xcit: gives tokens, but has no patch_embed that tells their grid"):
+        backbones.insert(model, GATES[0])
+
+
+# Other models
+
+
+@every_block
+def test_feature_backbones(block):
+    """Inserted after timm wrapped the model, a layer is part of the features of its stage and of all later ones."""
+    for host, at in (("resnet18", "layer2"), ("efficientnet_b0", "blocks.2"), ("convnext_atto", "stages_1")):
+        model, x = made(host, features_only=True)[0].eval(), torch.randn(2, 3, 67, 43)
+        before = model(x)
+        assert layers(backbones.insert(model, block, at))
+        assert all(torch.equal(a, b) for a, b in zip(model(x), before))
+        for layer in layers(model).values():
+            nn.init.constant_(layer.gain, 0.5)
+        changed = [not torch.equal(a, b) for a, b in zip(model(x), before)]
+        assert changed == sorted(changed) and 2 <= sum(changed) < len(changed)
+
+
+@every_block
+def test_feature_backbone_of_a_vit(block):
+    """Its ViT is the child ``model``."""
+    features, x = (
+        made("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1))[0].eval(),
+        torch.randn(2, 3, 48, 80),
+    )
+    before = features(x)
+    (layer,) = layers(backbones.insert(features.model, block, "blocks.1")).values()
+    assert all(torch.equal(a, b) for a, b in zip(features(x), before))
+    nn.init.constant_(layer.gain, 0.5)
+    assert [torch.equal(a, b) for a, b in zip(features(x), before)] == [True, False]
+
+
+@every_block
+def test_models_of_torchvision(block):
+    model = alive(torchvision.models.resnet18(num_classes=7)).eval()
+    x = torch.randn(2, 3, 67, 43)
+    wanted = model(x)
+    backbones.insert(model, block, ["layer2", "layer4"])
+    assert list(layers(model)) == [f"layer2.1.attn_{block}", f"layer4.1.attn_{block}"]
+    assert torch.equal(model(x), wanted)
+    with pytest.raises(ValueError, match="at=None"):
+        backbones.insert(model, block)
+
+
+def test_channels_type_and_device_are_those_of_the_model():
+    for block in list_blocks():
+        model = timm.create_model("resnet18", in_chans=5, num_classes=7, device="meta", dtype=torch.bfloat16)
+        backbones.insert(model, block)
+        assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+        assert [layer.block.dim for layer in layers(model).values()] == [64, 128, 256, 512]
+
+
+def test_image_size_can_be_given():
+    model, sizes = timm.create_model("resnet18", in_chans=1, num_classes=7), []
+    model.conv1.register_forward_hook(lambda m, args, out: sizes.append(tuple(args[0].shape)))
+    backbones.insert(model, GATES[0], "layer1", input_size=(1, 67, 43))
+    backbones.insert(model, GATES[0], "layer2")
+    assert sizes == [(1, 1, 67, 43), (1, 1, 224, 224)]
+
+
+def test_layers_are_for_maps_or_for_tokens():
+    for host, kind in (("swin_tiny_patch4_window7_224", OnMap), ("vit_tiny_patch16_224", OnTokens)):
+        model = backbones.insert(made(host)[0], GATES[0])
+        assert all(type(layer) is kind for layer in layers(model).values())
