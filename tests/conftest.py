@@ -1,6 +1,7 @@
 """The registry as test cases: an argument named as in `CHOICES` runs over every block in every row of its options."""
 
 import logging
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,10 @@ import torch
 from torch import nn
 
 from vision_attn import create_block, create_layer, describe, list_blocks
+
+# pytest-xdist runs a process on every core: threads in each would only wait for one another
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)
 
 # Options that make a block more itself, at sizes that fit the suite. A block that is not here: with its defaults.
 OPTIONS = {
