@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import os
 import pickle
 
 import pytest
@@ -221,7 +222,8 @@ def one_process(rank, file, results):
     block = new_block()
     state = train(block, DistributedDataParallel(block), images(6).chunk(2)[rank])
     torch.save(state, f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # taking gloo down in an orderly way aborts in one run of twenty
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):

@@ -167,6 +167,15 @@ def test_attention_dropout_drops_weights_or_is_refused(mixer_case):
         assert_equal(step.eval().mix(q, k, values, GRID), weights)
 
 
+def test_output_dropout_drops_outputs(mixer_case):
+    block, x = mixer_case.block(proj_drop=0.4), mixer_case.input(GRID)
+    last, exact = block.steps[-1], block.steps[-1](x, GRID)
+    out = last.train()(x, GRID)
+    kept = out != 0
+    assert 0.58 < kept.double().mean() < 0.62
+    assert_equal(out[kept], exact[kept] / 0.6)
+
+
 def test_scale_is_one_over_the_root_of_the_key_channels_or_refused(mixer_case):
     try:
         given = mixer_case.block(scale=KEY**-0.5)

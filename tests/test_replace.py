@@ -319,8 +319,13 @@ def test_tokens_that_are_not_the_grid_are_refused(block):
 def test_tokens_without_a_patch_embedding_are_refused(block):
     model = made("vit_tiny_patch16_224", **VIT)
     backbones.replace(model, block)
+    tokens = torch.randn(2, 16, 192, dtype=torch.float64)
     with pytest.raises(ValueError, match="grid: the patch embedding has not run"):
-        model.blocks[0](torch.randn(2, 16, 192, dtype=torch.float64))
+        model.blocks[0](tokens)
+    model(images(48, 80))
+    assert model.blocks[0](tokens).shape == tokens.shape
+    with pytest.raises(ValueError, match="grid: the patch embedding has not run"):
+        copy.deepcopy(model).blocks[0](tokens)  # a copy does not go on with the images of the original
 
 
 @every_mixer

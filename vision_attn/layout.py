@@ -5,6 +5,7 @@ gain is a bare parameter, so a host that re-initialises its convolutions and nor
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -70,8 +71,8 @@ class OnTokens(Residual):
         grid = Grid(*grid)
         if isinstance(self.block, Mixer):
             return self.add(x, self.block(x, grid))
-        count = grid.prefix_of(x.shape[1])
-        prefix, patches = x[:, :count], x[:, count:]
-        image = rearrange(patches, "B (H W) C -> B C H W", H=grid.height, W=grid.width)
+        prefix = grid.prefix_of(x.shape[1])
+        image = rearrange(x[:, prefix:], "B (H W) C -> B C H W", H=grid.height, W=grid.width)
         update = rearrange(self.block(image) - image, "B C H W -> B (H W) C")
-        return torch.cat([prefix, self.add(patches, update)], dim=1)
+        # added to all tokens instead of joined to the prefix: the sum keeps the strides of x, on which later sums depend
+        return self.add(x, F.pad(update, (0, 0, prefix, 0)))
