@@ -11,17 +11,27 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
-from timm.layers import Attention, CecaModule, EcaModule, EffectiveSEModule, GatherExcite, GlobalContext, SEModule
+from timm.layers import (
+    Attention,
+    CecaModule,
+    EcaModule,
+    EffectiveSEModule,
+    GatherExcite,
+    GlobalContext,
+    SEModule,
+    register_notrace_module,
+)
 from timm.layers.cbam import CbamModule
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models.eva import EvaAttention
 from timm.models.regnet import RegStage
 from torch import Tensor, nn
 
-from vision_attn import Grid, Mixer, OnTokens, create_block, create_layer
+from vision_attn import Grid, Mixer, OnMap, OnTokens, create_block, create_layer
 from vision_attn.zoo import block_class
 
 _logger = logging.getLogger(__name__)
+register_notrace_module(OnMap)  # torch.fx stops at a check of a shape: timm's tracers take the layer as a whole
 TOKEN_ATTENTION = (Attention, EvaAttention)
 MAP_ATTENTION = (
     SqueezeExcite,

@@ -10,6 +10,8 @@ from conftest import BATCH, GRIDS, HEADS, KEY, PREFIXES, UNFELT, VALUE, lived_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vision_attn import Grid, create_block, create_layer, describe
 from vision_attn.zoo import block_class
@@ -121,6 +123,39 @@ def test_gradient_is_that_of_finite_differences(any_case):
     block = any_case.block()
     x = any_case.input(SMALL, prefix=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: any_case.run(block, x, SMALL), x, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_scores_stay_finite(any_case, dtype):
+    block = any_case.block().to(dtype)
+    for fast, _, inputs in sides(block, GRID, 5):
+        inputs = [(30 * x).to(dtype).requires_grad_() for x in inputs]
+        out = fast(*inputs)
+        out.float().mean().backward()
+        assert out.isfinite().all() and all(x.grad.isfinite().all() for x in inputs)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest number of elements that any operation gave memory to."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+def test_no_matrix_of_all_pairs_is_made_forward_or_backward(mixer_case):
+    grid = Grid(41, 43)
+    options = {**mixer_case.options, "num_heads": HEADS}
+    block = create_block(mixer_case.name, HEADS * VALUE, **options)  # with keys as wide as values, as it is used
+    x = torch.randn(1, 5 + grid.size, block.dim, requires_grad=True)
+    with Largest() as largest:
+        block(x, grid).sum().backward()
+    assert largest.size < HEADS * grid.size**2 / 2
 
 
 # What a mixer's weights are

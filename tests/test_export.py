@@ -189,7 +189,7 @@ def test_a_wrong_graph_is_an_error_and_leaves_no_file(tmp_path, wrong, gain):
 def test_a_wrong_graph_of_small_outputs_is_an_error(tmp_path):
     """As of a model that ends in a softmax over many classes."""
     with pytest.raises(backbones.ExportError):
-        backbones.export_onnx(OddOrEven(0.5, size=1e-4), tmp_path / "m.onnx", image_size=(29, 31))
+        backbones.export_onnx(OddOrEven(0.5, size=1e-5), tmp_path / "m.onnx", image_size=(29, 31))
 
 
 def test_a_failed_export_keeps_what_was_there(tmp_path):

@@ -116,6 +116,8 @@ def test_inserting_leaves_frozen_parts_frozen(host, block):
     assert all(m.training == mode for m, mode in modes.items()) and not frozen.training
     assert all(m.training for m in layers(model).values())
     assert all(m.gain.item() == 0.5 for m in layers(model).values())
+    backbones.insert(model.eval(), (GATES + MIXERS)[1])
+    assert not any(m.training for m in model.modules())
 
 
 # The layer does its work

@@ -83,8 +83,8 @@ def test_images_have_maps_of_their_own(block):
 @every_mixer
 def test_maps_of_a_mixer_are_one_on_average(block):
     """Without prefix tokens all attention falls on the map."""
-    model = vit(block, img_size=(20, 44), class_token=False, global_pool="avg")
-    for model, size in ((model, (20, 44)), (resnet(block), (29, 37))):
+    without = vit(block, img_size=(20, 44), class_token=False, global_pool="avg")
+    for model, size in ((without, (20, 44)), (resnet(block), (29, 37))):
         for values in backbones.attention_maps(model, images(*size)).values():
             torch.testing.assert_close(values.mean(dim=(1, 2)), torch.ones(3))
             assert values.std() > 1e-3

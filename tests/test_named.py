@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import Attention, DropPath
+from timm.layers import Attention, DropPath, create_feature_extractor
 from timm.models import load_checkpoint, save_for_hf
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -360,6 +360,16 @@ def test_features_are_those_of_the_model(stock, args, size, block):
     if stock.startswith("vit") and block in MIXERS:
         return
     assert not torch.equal(features(x)[1], maps[1])  # the layers are part of the features
+
+
+@every_block
+def test_torch_fx_follows_a_resnet(block):
+    model, x = alive(made("cifar_resnet20", block, attn_at=["layer1.*", "layer3"])).eval(), images((29, 37))
+    traced = create_feature_extractor(model, ["layer3", "fc"])
+    outs = traced(x)
+    assert torch.equal(outs["fc"], model(x)) and outs["layer3"].shape == (2, 64, 8, 10)
+    outs["fc"].square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 # Training

@@ -167,6 +167,7 @@ def test_the_block_inherits_the_settings_of_the_attention(block):
             assert {p.dtype for p in step.parameters()} == {torch.bfloat16}
     assert model.blocks[0].attn.training
     backbones.replace(other := made("vit_tiny_patch16_224", **VIT), block, num_heads=2, proj_drop=0.5)
+    assert not any(m.training for m in other.modules())
     assert all(s.num_heads == 2 and s.proj_drop.p == 0.5 for part in other.blocks for s in part.attn.steps)
 
 

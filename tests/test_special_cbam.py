@@ -1,7 +1,8 @@
 import torch
 from timm.layers.cbam import CbamModule
 
-from vision_attn import create_block
+from vision_attn import create_block, describe
+from vision_attn.cost import flops
 
 DIM = 37
 
@@ -67,3 +68,11 @@ def test_without_the_second_gate_all_pixels_are_weighted_alike():
     factor = block(x) / x
     torch.testing.assert_close(factor, factor[:, :, :1, :1].expand_as(x), rtol=1e-9, atol=0)
     assert (block.attention_map(x) == 1).all()
+
+
+def test_it_costs_what_its_docstring_says():
+    assert describe("cbam").cost == "2 N d + d² / 4 + 98 N"
+    x = torch.empty(1, 512, 7, 11, device="meta")
+    assert flops(create_block("cbam", 512, device="meta"), x) == 2 * (
+        512**2 // 4 + 98 * 77
+    )  # the poolings, 2 N d, are not counted

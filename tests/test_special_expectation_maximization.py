@@ -1,6 +1,7 @@
 import torch
 
-from vision_attn import create_block
+from vision_attn import create_block, describe
+from vision_attn.cost import flops
 
 DIM = 23
 
@@ -84,3 +85,11 @@ def test_a_high_temperature_blurs_and_a_low_one_decides():
 def test_parts_are_as_in_the_authors_code():
     block = create_block("expectation_maximization", DIM)
     assert block.before.bias is not None and block.after.bias is None and block.bases.momentum == 0.9
+
+
+def test_it_costs_what_its_docstring_says():
+    assert describe("expectation_maximization").cost == "7 N K d"
+    x = torch.empty(1, 512, 7, 11, device="meta")
+    assert flops(create_block("expectation_maximization", 512, device="meta"), x) == 2 * (
+        7 * 77 * 64 * 512 + 2 * 77 * 512**2
+    )  # and two projections

@@ -2,7 +2,8 @@ import pytest
 import timm.layers
 import torch
 
-from vision_attn import create_block
+from vision_attn import create_block, describe
+from vision_attn.cost import flops
 
 DIM = 37
 
@@ -66,3 +67,9 @@ def test_the_bottleneck_is_a_sixteenth():
     block = create_block("global_context", 512, fusion="both")
     assert block.add[0].out_features == block.multiply[0].out_features == 32
     assert block.add[1].normalized_shape == (32,) and block.key.out_features == 1
+
+
+def test_it_costs_what_its_docstring_says():
+    assert describe("global_context").cost == "2 N d + d² / 8"
+    x = torch.empty(1, 512, 7, 11, device="meta")
+    assert flops(create_block("global_context", 512, device="meta"), x) == 2 * (2 * 77 * 512 + 512**2 // 8)

@@ -2,6 +2,7 @@
 
 import doctest
 import pkgutil
+import re
 from importlib import import_module
 
 import pytest
@@ -209,6 +210,16 @@ def test_parameters_are_counted():
 
 def test_flops_are_two_per_multiply_add():
     assert flops(torch.nn.Linear(5, 7), torch.randn(3, 5)) == 2 * 3 * 5 * 7
+
+
+def test_a_mixer_costs_what_its_docstring_says(block_name):
+    block, grid = create_block(block_name, 512, device="meta"), Grid(8 * 7, 8 * 11)
+    if isinstance(block, Mixer):
+        x = torch.empty(1, grid.size, 512, device="meta")
+        counted = flops(block, x, grid) - sum(flops(step.qkv, x) + flops(step.proj, x) for step in block.steps)
+        formula = re.sub(r"(?<=[\w)]) (?=[\w(])", "*", describe(block_name).cost.replace("²", "**2"))
+        sizes = dict(H=grid.height, W=grid.width, N=grid.size, d=512, heads=512 // 32, f=8)
+        assert counted == 2 * eval(formula, sizes)
 
 
 def test_heads_are_as_many_as_leave_32_channels(block_name):

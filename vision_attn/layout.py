@@ -74,5 +74,5 @@ class OnTokens(Residual):
         prefix = grid.prefix_of(x.shape[1])
         image = rearrange(x[:, prefix:], "B (H W) C -> B C H W", H=grid.height, W=grid.width)
         update = rearrange(self.block(image) - image, "B C H W -> B (H W) C")
-        # added to all tokens instead of joined to the prefix: the sum keeps the strides of x, on which later sums depend
+        # added to all tokens, not joined to the prefix: the sum keeps the strides of x, on which later sums depend
         return self.add(x, F.pad(update, (0, 0, prefix, 0)))
