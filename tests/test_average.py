@@ -232,3 +232,17 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     whole = train(block, block, images(6))
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), dict(whole), rtol=1e-9, atol=1e-10)
+
+
+def test_an_overflow_leaves_no_trace():
+    block = new_block()
+    optimizer, before = sgd(block), block.bases.value.clone()
+    block.bases.note(torch.full_like(before, torch.inf))
+    optimizer.step()
+    assert torch.equal(block.bases.value, before) and block.bases._notes is None
+
+
+def test_paper_gradients_leave_nothing_that_never_learns():
+    block = new_block(grad="paper")
+    loss(block(images(2))).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in block.parameters())

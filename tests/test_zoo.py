@@ -248,3 +248,18 @@ def test_criss_cross_costs_what_its_paper_says():
     paper = 2 * (flops(block.qkv, PIXELS) + 2 * pairs * (64 + 512))  # twice: recurrence 2
     assert round(paper / 1e9, 2) == 16.52
     assert 1 <= 2 * flops_without_proj(block) / paper < 1.015
+
+
+@pytest.mark.parametrize("option", ["qkv_bias", "qk_norm", "proj_bias"])
+def test_what_is_neither_true_nor_false_is_refused(block_name, option):
+    if describe(block_name).kind == "mixer":
+        refused(ValueError, lambda: create_block(block_name, DIM, **{option: "no"}), f"{option}='no'")
+
+
+@pytest.mark.parametrize("grid", [6, (2,), (2.0, 3), "23", (1, 2, 3)])
+def test_what_is_not_a_grid_is_named(grid):
+    refused(ValueError, lambda: create_block("dense", DIM)(torch.randn(1, 6, DIM), grid), f"grid={grid!r}")
+
+
+def test_case_does_not_hide_the_nearest():
+    refused(ValueError, lambda: create_block("CBAM", DIM), "nearest: cbam")

@@ -51,7 +51,8 @@ class StepAverage(nn.Module):
             seen, times = seen.clone(), times.clone()
             dist.all_reduce(seen)
             dist.all_reduce(times)
-        self.fold(seen / times)
+        if seen.isfinite().all():  # after an overflow, the optimizer skips the step and these notes are worth nothing
+            self.fold(seen / times)
 
     def __getstate__(self):
         return {**self.__dict__, "_notes": None}  # a copy starts without notes

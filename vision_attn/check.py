@@ -29,6 +29,12 @@ def rate(name: str, value) -> None:
         raise ValueError(f"{name}={value!r}: must be a number in [0, 1)")
 
 
+def boolean(name: str, value) -> None:
+    """Raises ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be True or False")
+
+
 def one_of(name: str, value, allowed: Collection) -> None:
     """Raises ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:

@@ -40,7 +40,8 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def attention_map(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
-        """Where the block looks in ``x``: its spatial weight of every position."""
+        """Where the block looks in ``x``: its spatial weight of every position. For eval mode: in train mode a
+        BatchNorm inside takes note of ``x`` as in a forward pass."""
         raise NotImplementedError
 
     def checked(self, x: Tensor) -> Tensor:

@@ -12,6 +12,13 @@ class Grid(NamedTuple):
     height: int
     width: int
 
+    @classmethod
+    def of(cls, grid: "tuple[int, int]") -> "Grid":
+        """A grid from any (height, width); ValueError for anything else."""
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(isinstance(n, (float, str)) for n in grid):
+            raise ValueError(f"grid={grid!r}: must be (height, width), two integers ≥ 1")
+        return cls(*grid)
+
     @property
     def size(self) -> int:
         """Number of positions, H·W."""

@@ -68,7 +68,7 @@ class OnTokens(Residual):
     def forward(self, x: Float[Tensor, "B tokens C"], grid: Grid) -> Float[Tensor, "B tokens C"]:
         if x.ndim != 3 or x.shape[2] != self.block.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, C={self.block.dim})")
-        grid = Grid(*grid)
+        grid = Grid.of(grid)
         if isinstance(self.block, Mixer):
             return self.add(x, self.block(x, grid))
         prefix = grid.prefix_of(x.shape[1])

@@ -64,6 +64,8 @@ class Mixer(nn.Module):
                 raise ValueError(f"num_heads={num_heads}: must divide {name}={value}")
         if scale is not None:
             check.positive("scale", scale)
+        for name, value in (("qkv_bias", qkv_bias), ("qk_norm", qk_norm), ("proj_bias", proj_bias)):
+            check.boolean(name, value)
         check.rate("attn_drop", attn_drop)
         check.rate("proj_drop", proj_drop)
         self.dim, self.key_dim, self.num_heads = dim, key_dim, num_heads
@@ -99,14 +101,14 @@ class Mixer(nn.Module):
             ValueError: ``x`` is not (B, tokens, dim), or ``grid`` has more positions than there are tokens.
         """
         q, k, v = self.heads(x, grid)
-        out = rearrange(self.mix(q, k, v, Grid(*grid)), "B n t d -> B t (n d)")
+        out = rearrange(self.mix(q, k, v, Grid.of(grid)), "B n t d -> B t (n d)")
         return self.proj_drop(self.proj(out))
 
     def heads(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of ``x``, each (B, heads, tokens, d)."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, dim={self.dim})")
-        Grid(*grid).prefix_of(x.shape[1])
+        Grid.of(grid).prefix_of(x.shape[1])
         parts = self.qkv(x).split([self.key_dim, self.key_dim, self.dim], dim=-1)
         q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in parts)
         return self.q_norm(q), self.k_norm(k), v
@@ -114,7 +116,7 @@ class Mixer(nn.Module):
     def attention(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> Float[Tensor, "B heads tokens tokens"]:
         """The weights for an input: what attends to what. Cost N²: for looking, not for training."""
         q, k, _ = self.heads(x, grid)
-        return self.weights(q, k, Grid(*grid))
+        return self.weights(q, k, Grid.of(grid))
 
     @property
     def steps(self) -> tuple["Mixer", ...]:

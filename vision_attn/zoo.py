@@ -97,5 +97,5 @@ def describe(name: str) -> Entry:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4) or names
     return f"no such block; {'nearest' if near is not names else 'there are'}: {', '.join(near)}"

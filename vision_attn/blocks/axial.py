@@ -8,8 +8,9 @@ steps see the input and their outputs are added; one such layer hears its row an
 ``length`` adds the learned relative positions r of Axial-DeepLab, shared by the heads; they are learned for an axis
 of that many pixels and resized linearly to any other.
 Deviations: scores are scaled by d^-½ (Axial-DeepLab: BatchNorm over the scores, which mixes the images of a batch).
-Positions act on queries and keys; its value term r^v is left out, so that the output stays weights @ v. Ho et al.
-have no r.
+Positions act on queries and keys; its value term r^v is left out, so that the output stays weights @ v, as are its
+BatchNorms of qkv and output; its queries and keys are half as wide (``key_dim``), and it has no ``proj``. Ho et al.
+have no r. The sum is a reading of their layer that common code has made usual.
 
 >>> from vision_attn import Grid
 >>> print(Line(axis=0).draw(Grid(3, 5), 1, 3))

@@ -49,6 +49,7 @@ class Block(Gate):
         super().__init__(dim)
         dd = dict(device=device, dtype=dtype)
         check.positive("rd_ratio", rd_ratio)
+        check.boolean("spatial", spatial)
         hidden = max(4, int(dim * rd_ratio)) if rd_channels is None else rd_channels
         check.positive_int("rd_channels", hidden)
         check.positive_int("kernel_size", kernel_size)

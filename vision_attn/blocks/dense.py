@@ -11,6 +11,7 @@ Deviations: none.
 import torch
 import torch.nn.functional as F
 
+from .. import check
 from ..mixer import Mixer, softmax_over
 
 
@@ -19,6 +20,7 @@ class Block(Mixer):
 
     def __init__(self, dim, num_heads=None, *, causal: bool = False, **mixer):
         super().__init__(dim, num_heads, **mixer)
+        check.boolean("causal", causal)
         self.causal = causal
 
     def mix(self, q, k, v, grid):

@@ -11,7 +11,7 @@ of the network feels the block only through the identity. ``grad="full"`` (defau
 Deviations: the moving average is part of the module (the code: of the training script), and is scaled back to unit
 norm (the code: its norm shrinks, which softens the first E step). The closing ReLU is the host's, whose maps may be
 signed. Softmax and norms are taken in at least float32. ``temperature`` divides the scores of the E step (paper and
-code: 1).
+code: 1). Weights start as torch's layers do.
 """
 
 import torch
@@ -59,7 +59,8 @@ class Block(Gate):
         check.positive("temperature", temperature)
         check.one_of("grad", grad, ("full", "paper"))
         self.iterations, self.temperature, self.through = iterations, temperature, grad == "full"
-        self.before = nn.Linear(dim, dim, **dd)
+        # without a gradient for good, it is no parameter to train: distributed training would wait for it
+        self.before = nn.Linear(dim, dim, **dd).requires_grad_(self.through)
         self.after = nn.Conv2d(dim, dim, 1, bias=False, **dd)
         self.bases = Bases(dim, bases, momentum, beside=self.after, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
