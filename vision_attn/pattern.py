@@ -118,7 +118,8 @@ class Tiles(KeySet):
     def unfold(self, x, grid):
         n = self.sizes(*grid)
         x = rearrange(x, f"b {self.groups} {self.members} d -> b (y py) (x px) d", **n)
-        return x[:, : grid.height, : grid.width]
+        # not a slice, whose size is a new unknown to torch.export
+        return x.narrow(1, 0, grid.height).narrow(2, 0, grid.width)
 
     def mask(self, grid, device):
         inside = torch.ones(1, grid.height, grid.width, 1, dtype=torch.bool, device=device)
