@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vision_attn import Grid, create_block, describe, list_blocks
 
-DEFINITION_LIMIT = 64 * 64  # positions; beyond, the N×N matrix of the definition is not worth its memory
+DEFINITION_LIMIT = 32 * 32  # positions; beyond, the N×N matrix of the definition is not worth its memory
 
 
 def clock(call: Callable[[], None], device: str) -> float:
