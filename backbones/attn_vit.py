@@ -1,8 +1,8 @@
 """ViTs with attention: ``<vit>_<block>`` for every block of the zoo, for example ``vit_small_patch16_224_criss_cross``.
 
 Mixers take the place of self-attention and inherit its qkv and proj; gates act on the patch grid behind every
-block, beside the stock attention. The grid comes from the patch embedding of the very call, so rectangular and
-dynamic sizes work.
+block, beside the stock attention, but for the last block where only a class token is read after it. The grid comes
+from the patch embedding of the very call, so rectangular and dynamic sizes work.
 """
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model

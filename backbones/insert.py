@@ -27,7 +27,7 @@ from timm.models.eva import EvaAttention
 from timm.models.regnet import RegStage
 from torch import Tensor, nn
 
-from vision_attn import Grid, Mixer, OnMap, OnTokens, create_block, create_layer
+from vision_attn import Gate, Grid, Mixer, OnMap, OnTokens, create_block, create_layer
 from vision_attn.zoo import block_class
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +60,25 @@ class Report(NamedTuple):
         return "\n".join(parts)
 
 
+class RememberGrid(torch.autograd.Function):
+    """The identity on tokens. Saves an empty tensor of the grid's shape, by which torch's gradient checkpointing
+    notices that it recomputes on another grid."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, grid):
+        return x.view_as(x), x.new_empty(*grid, 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, slope, _):
+        return slope, None
+
+
 class GridSource:
     """Knows the grid of the patch embedding's latest call, and hands it to the layers behind it."""
 
@@ -75,7 +94,7 @@ class GridSource:
         """Forward pre-hook of a mixer that stands where a ViT calls ``attn(x, attn_mask=…, is_causal=…)``."""
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
             raise ValueError(f"attn_mask and is_causal: {type(mixer).__module__} takes neither, its pattern is its own")
-        return (args[0], self.grid_of(args[0])), {}
+        return self.with_grid(args[0]), {}
 
     def grid_of(self, x: Tensor) -> Grid:
         """The grid of tokens ``x``; ValueError if they are not those of the latest patch embedding."""
@@ -87,6 +106,13 @@ class GridSource:
                 f"{self.grid.height}×{self.grid.width}: dropped patches, or a checkpointed backward of another size"
             )
         return self.grid
+
+    def with_grid(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """Tokens ``x`` and their grid, which a checkpointed backward must find again or torch's CheckpointError."""
+        grid = self.grid_of(x)
+        if x.requires_grad and not torch.compiler.is_compiling():
+            x, _ = RememberGrid.apply(x, grid)
+        return x, grid
 
     def __getstate__(self):
         return {**self.__dict__, "grid": None}  # a copy or a saved model waits for its own patch embedding
@@ -101,7 +127,7 @@ class Behind:
     def __call__(self, module: nn.Module, args, output: Tensor) -> Tensor:
         layer = getattr(module, self.name)
         if self.source is not None:
-            return layer(output, self.source.grid_of(output))
+            return layer(*self.source.with_grid(output))
         if self.channels_last:
             return layer(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return layer(output)
@@ -125,7 +151,9 @@ def insert(
     Args:
         block: one of `vision_attn.list_blocks`.
         at: names of modules, with wildcards that do not cross dots ("layer3.*"), or several; None: after every
-            stage of a convolutional network, every block of a ViT.
+            stage of a convolutional network that timm lists in ``feature_info``, every block of a ViT. A gate leaves
+            out the last of several blocks where a class token is read: it changes patch tokens, and nothing would
+            hear them.
         init_gain: 0 starts as identity, 1 as the block was published.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
         options: of the block.
@@ -134,9 +162,13 @@ def insert(
         ValueError: ``at`` matches nothing (what could match is listed) or something that does not give feature maps or
             tokens; a block of this name is already there; an option is out of range.
     """
-    found = _resolve(model, at, _stages(model), dict(model.named_modules()))
+    could = _stages(model)
+    if at is None and issubclass(block_class(block), Gate) and getattr(model, "global_pool", None) == "token":
+        could = could[:-1] or could
+    found = _resolve(model, at, could, dict(model.named_modules()))
     names = list(dict.fromkeys(_last(model, name) for name in found))  # "layer3" and "layer3.1" may be the same place
-    shapes = _probe(model, names, input_size)
+    size = input_size or _input_size(model)
+    shapes = _probe(model, names, size)
     child, like, ready = f"attn_{block}", _like(model), []
     for name in names:
         target, shape = model.get_submodule(name), shapes[name]
@@ -147,8 +179,15 @@ def insert(
                 f"at={at!r}: {name} runs all its children, so it can't hold a layer; try the module behind it"
             )
         if len(shape) == 3:
+            source = _grid_source(model)
+            grid = Grid(*model.patch_embed.dynamic_feat_size(size[1:]))
+            if shape[1] != source.num_prefix_tokens + grid.size:
+                raise ValueError(
+                    f"at={at!r}: {name} gives {shape[1]} tokens, but a block of this ViT must give "
+                    f"{source.num_prefix_tokens} + {grid.height}×{grid.width}"
+                )
             layer = OnTokens(create_block(block, shape[-1], **options, **like), init_gain)
-            ready.append((target, layer, Behind(child, source=_grid_source(model))))
+            ready.append((target, layer, Behind(child, source=source)))
         else:
             channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
             layer = create_layer(block, shape[-1 if channels_last else 1], init_gain=init_gain, **options, **like)
@@ -180,12 +219,14 @@ def replace(model: nn.Module, block: str, at: str | Iterable[str] | None = None,
     able = {n: m for n, m in model.named_modules() if isinstance(m, TOKEN_ATTENTION + MAP_ATTENTION)}
     names = _resolve(model, at, list(able), able, inside=True)
     like, done = _like(model), []
-    shapes = _probe(model, [name for name in names if isinstance(able[name], MAP_ATTENTION)], None)
+    shapes = _probe(model, [name for name in names if isinstance(able[name], MAP_ATTENTION)])
     layers = {name: _layer_like(able[name], block, shapes.get(name), {**options, **like}) for name in names}
     for name, new in layers.items():
         if isinstance(able[name], TOKEN_ATTENTION):
             new.register_forward_pre_hook(_grid_source(model).give, with_kwargs=True)
         copied, unused = _take_over(new, able[name])
+        if getattr(model, "rope", None) is not None:
+            unused.append("rope")  # rotary positions arrive from outside, and a mixer has no use for them
         model.set_submodule(name, new.train(model.training))
         fresh = [key for key in new.state_dict() if key not in copied]
         done.append([[f"{name}.{key}" for key in keys] for keys in (copied, fresh, unused)])
@@ -236,9 +277,7 @@ def _take_over(new: nn.Module, old: nn.Module) -> tuple[list[str], list[str]]:
     if "qkv.weight" in copied:
         parts = ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias")
         used = {key for key in old.state_dict() if key.split(".")[0] in parts}
-    # rotary positions arrive from outside, and a mixer has no use for them
-    rope = ["rope"] if isinstance(old, EvaAttention) else []
-    return copied, [key for key in old.state_dict() if key not in copied and key not in used] + rope
+    return copied, [key for key in old.state_dict() if key not in copied and key not in used]
 
 
 def _resolve(model, at, could: list[str], among: Iterable[str], inside: bool = False) -> list[str]:
@@ -278,8 +317,8 @@ def _last(model: nn.Module, name: str) -> str:
     return name
 
 
-def _probe(model: nn.Module, names: list[str], input_size: tuple[int, int, int] | None) -> dict[str, torch.Size]:
-    """Shapes of what the named modules give for one image of zeros."""
+def _probe(model: nn.Module, names: list[str], size: tuple[int, int, int] | None = None) -> dict[str, torch.Size]:
+    """Shapes of what the named modules give for one image of zeros, (channels, height, width) = ``size``."""
     if not names:
         return {}
     shapes, was_training = {}, {module: module.training for module in model.modules()}
@@ -290,7 +329,7 @@ def _probe(model: nn.Module, names: list[str], input_size: tuple[int, int, int] 
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *(input_size or _input_size(model)), **_like(model)))
+            model.eval()(torch.zeros(1, *(size or _input_size(model)), **_like(model)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -39,6 +39,13 @@ collect_ignore = [
 ]
 
 
+GATES = [name for name in list_blocks() if describe(name).kind == "gate"]
+MIXERS = [name for name in list_blocks() if describe(name).kind == "mixer"]
+every_block = pytest.mark.parametrize("block", list_blocks())
+every_mixer = pytest.mark.parametrize("block", MIXERS)
+every_gate = pytest.mark.parametrize("block", GATES)
+
+
 class Case(NamedTuple):
     """A block of the registry with options."""
 
@@ -84,6 +91,19 @@ def lived_in(module: nn.Module) -> nn.Module:
                 norm.running_mean.normal_()
                 norm.running_var.uniform_(0.5, 2)
     return module
+
+
+def alive(model: nn.Module) -> nn.Module:
+    """A host with no gain, norm, bias or running statistic at a special initial value, so that every part matters."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p += torch.randn_like(p).mul(0.2).add(0.1)
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean.normal_(std=0.1)
+                norm.running_var.uniform_(0.5, 2)
+    return model
 
 
 def cases() -> list[Case]:

@@ -8,28 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import alive, every_block
 from torch import nn
 
 import backbones
-from vision_attn import list_blocks
 
 SIZES = [(1, 40, 28), (3, 52, 44), (2, 4, 60)]  # not among those that export_onnx itself tries
-
-every_block = pytest.mark.parametrize("block", list_blocks())
-
-
-@pytest.fixture(autouse=True)
-def same_numbers_every_run():
-    torch.manual_seed(0)
-
-
-def alive(model: nn.Module) -> nn.Module:
-    """In eval mode, with no gain, norm or bias at a special initial value."""
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                p += torch.randn_like(p).mul(0.2).add(0.1)
-    return model.eval()
 
 
 def vit(block, **args):
@@ -61,7 +45,7 @@ def shape_of_input(path):
 @every_block
 @pytest.mark.parametrize("make, args", [(resnet, {}), (vit, dict(dynamic_img_size=True))], ids=["resnet", "vit"])
 def test_every_block_exports_for_any_size(tmp_path, make, args, block):
-    model = alive(make(block, **args))
+    model = alive(make(block, **args)).eval()
     errors = backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36))
     assert len(errors) == 6 and all(0 <= error < 1e-4 for error in errors.values())
     assert all(height != 28 and width != 36 for _, height, width in list(errors)[1:])
@@ -78,7 +62,7 @@ def test_every_block_in_its_usual_places(tmp_path, block, gains):
     for name, args in (("resnet18", {}), ("vit_tiny_patch4_32", dict(depth=2, dynamic_img_size=True))):
         model = timm.create_model(f"{name}_{block}", num_classes=7, **args).eval()
         if gains == "trained":
-            alive(model)
+            alive(model).eval()
         backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(64, 96))
         assert_same_answers(model, tmp_path / "m.onnx", [(1, 40, 100), (3, 132, 44)])
 
@@ -88,12 +72,12 @@ def test_every_block_in_its_usual_places(tmp_path, block, gains):
 def test_layers_inserted_in_a_window_attention_export(tmp_path, block):
     args = dict(img_size=56, depths=(1, 1), embed_dim=48, num_heads=(3, 6))
     model = timm.create_model("swin_tiny_patch4_window7_224", **args)
-    alive(backbones.insert(model, block))
+    alive(backbones.insert(model, block)).eval()
     assert set(backbones.export_onnx(model, tmp_path / "m.onnx")) == {(b, 56, 56) for b in (1, 3, 4, 5, 7, 8)}
 
 
 def test_a_vit_of_one_size_exports_for_any_batch(tmp_path):
-    model = alive(vit("dense", img_size=(20, 28)))
+    model = alive(vit("dense", img_size=(20, 28))).eval()
     errors = backbones.export_onnx(model, tmp_path / "m.onnx", dynamic=True)
     assert {size[1:] for size in errors} == {(20, 28)} and len(errors) == 6 and 2 not in {size[0] for size in errors}
     free, *fixed = shape_of_input(tmp_path / "m.onnx")
@@ -102,7 +86,7 @@ def test_a_vit_of_one_size_exports_for_any_batch(tmp_path):
 
 
 def test_one_size_on_request(tmp_path):
-    model = alive(resnet("dense", in_chans=1))
+    model = alive(resnet("dense", in_chans=1)).eval()
     errors = backbones.export_onnx(model, str(tmp_path / "new" / "folder" / "m.onnx"), image_size=23, dynamic=False)
     assert {size[1:] for size in errors} == {(23, 23)}
     free, *fixed = shape_of_input(tmp_path / "new/folder/m.onnx")
@@ -112,7 +96,7 @@ def test_one_size_on_request(tmp_path):
 
 @pytest.mark.parametrize("opset", [18, 20, 23])
 def test_opsets(tmp_path, opset):
-    model = alive(vit("dense", dynamic_img_size=True))
+    model = alive(vit("dense", dynamic_img_size=True)).eval()
     backbones.export_onnx(model, tmp_path / "m.onnx", opset=opset)
     written = onnx.load(tmp_path / "m.onnx")
     assert {one.domain: one.version for one in written.opset_import}[""] == opset
@@ -132,7 +116,7 @@ def test_a_new_layer_is_exported_as_it_is_and_the_model_is_left_alone(tmp_path):
 
 
 def test_one_file_with_the_weights_in_it(tmp_path):
-    model = alive(vit("dense"))
+    model = alive(vit("dense")).eval()
     backbones.export_onnx(model, tmp_path / "m.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
     assert (tmp_path / "m.onnx").stat().st_size > sum(4 * p.numel() for p in model.parameters())

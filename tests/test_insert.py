@@ -7,14 +7,13 @@ import pytest
 import timm
 import torch
 import torchvision
+from conftest import GATES, MIXERS, alive, every_block
 from torch import nn
 
 import backbones
-from vision_attn import OnMap, OnTokens, describe, list_blocks
+from vision_attn import OnMap, OnTokens, list_blocks
 from vision_attn.layout import Residual
 
-GATES = [name for name in list_blocks() if describe(name).kind == "gate"]
-MIXERS = [name for name in list_blocks() if describe(name).kind == "mixer"]
 # model, its arguments, the size of an image it takes, and where layers go when nothing is said
 HOSTS = {
     "resnet18": ({}, (67, 43), ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]),
@@ -33,32 +32,18 @@ HOSTS = {
     ),
 }  # fmt: skip
 
-every_block = pytest.mark.parametrize("block", list_blocks())
 every_host = pytest.mark.parametrize("host", HOSTS)
 one_of_each_kind = pytest.mark.parametrize("block", GATES[-1:] + MIXERS[-1:])
-
-
-@pytest.fixture(autouse=True)
-def same_numbers_every_run():
-    torch.manual_seed(0)
-
-
-def alive(model: nn.Module) -> nn.Module:
-    """Nothing is at a special initial value: no residual branch, gain or layer scale is zero or close to it."""
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                p += torch.randn_like(p).mul(0.2).add(0.1)
-        for norm in model.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.running_mean.normal_(std=0.1)
-                norm.running_var.uniform_(0.5, 2)
-    return model
 
 
 def made(host, **more):
     args, size, _ = HOSTS[host]
     return alive(timm.create_model(host, num_classes=7, **{**args, **more})), torch.randn(2, 3, *size)
+
+
+def places(host, block):
+    """Where layers go when nothing is said: a gate not behind the last block of a ViT that reads a class token."""
+    return HOSTS[host][2][:-1] if host.startswith(("vit", "deit")) and block in GATES else HOSTS[host][2]
 
 
 def layers(model):
@@ -82,7 +67,7 @@ def test_same_function_bit_for_bit(host, block):
     after = model.state_dict()
     assert [key for key in after if key in before] == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
-    new = tuple(f"{name}.attn_{block}." for name in HOSTS[host][2])
+    new = tuple(f"{name}.attn_{block}." for name in places(host, block))
     assert all(key.startswith(new) for key in after.keys() - before.keys())
     assert torch.equal(run(model.eval(), x), run(twin.eval(), x))
     outs = [run(one.train(), x) for one in (model, twin)]
@@ -128,7 +113,7 @@ def test_inserting_leaves_frozen_parts_frozen(host, block):
 def test_layer_sees_the_output_of_its_place_once(host, block):
     model, x = made(host)
     seen, counts = {}, {}
-    for name in HOSTS[host][2]:
+    for name in places(host, block):
         model.get_submodule(name).register_forward_hook(
             lambda m, args, out, name=name: seen.update({name: out.clone()})
         )
@@ -141,14 +126,14 @@ def test_layer_sees_the_output_of_its_place_once(host, block):
             )
         )
     after = {}
-    for name in HOSTS[host][2]:
+    for name in places(host, block):
         model.get_submodule(name).register_forward_hook(
             lambda m, args, out, name=name: after.update({name: out.clone()})
         )
     with torch.no_grad():
         model(x)
-    assert list(counts) == [f"{name}.attn_{block}" for name in HOSTS[host][2]]
-    for name in HOSTS[host][2]:
+    assert list(counts) == [f"{name}.attn_{block}" for name in places(host, block)]
+    for name in places(host, block):
         ((came, went),) = counts[f"{name}.attn_{block}"]  # once
         if host.startswith("swin"):
             came, went = came.permute(0, 2, 3, 1), went.permute(0, 2, 3, 1)
@@ -202,19 +187,19 @@ def test_any_size_where_the_host_takes_any_size(host, block):
 
 @every_block
 def test_places_by_name_wildcard_and_list(block):
-    def places(at, host="resnet18"):
+    def found(at, host="resnet18"):
         return [name.removesuffix(f".attn_{block}") for name in layers(backbones.insert(made(host)[0], block, at))]
 
-    assert places("layer3") == ["layer3.1"]
-    assert places("layer3.*") == ["layer3.0", "layer3.1"]
-    assert places("layer[13].0") == ["layer1.0", "layer3.0"]
-    assert places(["layer4.0", "layer1"]) == ["layer1.1", "layer4.0"]
-    assert places(("layer3", "layer3.1", "layer?")) == [f"layer{i}.1" for i in (1, 2, 3, 4)]  # each place once
-    assert places("layer2.0.conv2") == ["layer2.0.conv2"]
-    assert places("maxpool") == ["maxpool"]
-    assert places("blocks.1", "vit_tiny_patch16_224") == ["blocks.1"]
-    assert places("blocks.*.attn", "eva02_tiny_patch14_224") == ["blocks.0.attn", "blocks.1.attn"]
-    assert places("stages.2.blocks.[0-2]", "convnext_atto") == [f"stages.2.blocks.{i}" for i in range(3)]
+    assert found("layer3") == ["layer3.1"]
+    assert found("layer3.*") == ["layer3.0", "layer3.1"]
+    assert found("layer[13].0") == ["layer1.0", "layer3.0"]
+    assert found(["layer4.0", "layer1"]) == ["layer1.1", "layer4.0"]
+    assert found(("layer3", "layer3.1", "layer?")) == [f"layer{i}.1" for i in (1, 2, 3, 4)]  # each place once
+    assert found("layer2.0.conv2") == ["layer2.0.conv2"]
+    assert found("maxpool") == ["maxpool"]
+    assert found("blocks.1", "vit_tiny_patch16_224") == ["blocks.1"]
+    assert found("blocks.*.attn", "eva02_tiny_patch14_224") == ["blocks.0.attn", "blocks.1.attn"]
+    assert found("stages.2.blocks.[0-2]", "convnext_atto") == [f"stages.2.blocks.{i}" for i in range(3)]
 
 
 def test_wildcards_do_not_cross_dots():
@@ -258,7 +243,7 @@ def test_a_place_takes_a_block_once(block):
         backbones.insert(model, block, HOSTS[host][2][-1])
         keys, wanted = list(model.state_dict()), model.eval()(x)
         with pytest.raises(ValueError, match=f"{HOSTS[host][2][-1]} already has a {block}"):
-            backbones.insert(model, block)
+            backbones.insert(model, block, HOSTS[host][2])
         assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
 
 
@@ -305,6 +290,15 @@ def test_tokens_without_a_grid_are_refused():
     model = timm.create_model("xcit_nano_12_p16_224", num_classes=7, depth=1)
     with pytest.raises(ValueError, match="model=Xcit: gives tokens, but has no patch_embed that tells their grid"):
         backbones.insert(model, GATES[0])
+
+
+@pytest.mark.parametrize("host, at", [("cait_xxs24_224", "blocks.1"), ("vit_tiny_patch16_224", "patch_embed")])
+def test_tokens_that_lack_the_prefix_are_refused(host, at):
+    """Some ViTs join the class token later than others; which tokens are the image can't be told."""
+    model = timm.create_model(host, num_classes=7)
+    with pytest.raises(ValueError, match=rf"at='{at}': {at} gives 196 tokens, .* must give 1 \+ 14×14"):
+        backbones.insert(model, GATES[0], at)
+    assert not layers(model)
 
 
 # Other models

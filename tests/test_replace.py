@@ -5,27 +5,18 @@ import copy
 import pytest
 import timm
 import torch
+from conftest import GATES, MIXERS, every_block, every_mixer
 from timm.layers import Attention
 from timm.models.eva import EvaAttention
 from torch import nn
 
 import backbones
-from vision_attn import Grid, Mixer, OnMap, describe, list_blocks
+from vision_attn import Grid, Mixer, OnMap, list_blocks
 
-GATES = [name for name in list_blocks() if describe(name).kind == "gate"]
-MIXERS = [name for name in list_blocks() if describe(name).kind == "mixer"]
 WHOLE = [name for name in MIXERS if name not in ("axial", "interlaced_sparse")]  # one step: qkv and proj are the ViT's
 VIT = dict(depth=2, img_size=(48, 80), num_classes=7)
 EVA = dict(depth=2, img_size=(42, 70), num_classes=7)
 ATTENTION = ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
-
-every_block = pytest.mark.parametrize("block", list_blocks())
-every_mixer = pytest.mark.parametrize("block", MIXERS)
-
-
-@pytest.fixture(autouse=True)
-def same_numbers_every_run():
-    torch.manual_seed(0)
 
 
 def made(name, **args) -> nn.Module:
@@ -339,6 +330,22 @@ def test_a_late_backward_of_another_size_is_refused_not_wrong(block):
     model(images(48, 48)).sum().backward()
     with pytest.raises(ValueError, match="checkpointed backward"):
         late.backward()
+
+
+@every_block
+def test_a_late_backward_of_the_transposed_size_is_refused_not_wrong(block):
+    """It has as many tokens, so only the grid tells the two apart."""
+    model = timm.create_model(f"vit_tiny_patch16_224_{block}", dynamic_img_size=True, **VIT).train()
+    model.set_grad_checkpointing()
+    late = model(torch.randn(2, 3, 48, 80)).sum()
+    model(torch.randn(2, 3, 80, 48)).sum().backward()
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        late.backward()
+
+
+def test_rotary_positions_are_reported_where_there_are_some():
+    model = made("eva02_tiny_patch14_224", **EVA, use_rot_pos_emb=False)
+    assert backbones.replace(model, "dense").unused == ()
 
 
 def test_an_attention_of_another_kind_is_left_alone():

@@ -10,8 +10,8 @@ step however often forward ran, over all processes, never in eval.
 of the network feels the block only through the identity. ``grad="full"`` (default) differentiates through them.
 Deviations: the moving average is part of the module (the code: of the training script), and is scaled back to unit
 norm (the code: its norm shrinks, which softens the first E step). The closing ReLU is the host's, whose maps may be
-signed. Softmax and norms are taken in at least float32. ``temperature`` divides the scores of the E step (paper and
-code: 1). Weights start as torch's layers do.
+signed. Softmax and norms are taken in at least float32, and the block is left out of autocast. ``temperature`` divides
+the scores of the E step (paper and code: 1). Weights start as torch's layers do.
 """
 
 import torch
@@ -66,6 +66,14 @@ class Block(Gate):
         self.norm = nn.BatchNorm2d(dim, **dd)
 
     def gate(self, x):
+        # not in autocast: the redrawn image is nearly constant at first, and the norm would magnify half's rounding
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device):
+            return self.redraw(x)
+        with torch.autocast(device, enabled=False):
+            return self.redraw(x.to(self.after.weight.dtype)).to(x.dtype)
+
+    def redraw(self, x):
         features = self.before(x.permute(0, 2, 3, 1))  # (B, H, W, C)
         with torch.set_grad_enabled(self.through and torch.is_grad_enabled()):
             z, mu = self.fit(features.flatten(1, 2))
