@@ -19,9 +19,16 @@ torch.set_num_threads(1)
 OPTIONS = {
     "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
+    "dilated": [{"kernel_size": 3, "dilation": (2, 3)}],
     "expectation_maximization": [{"bases": 3}, {"bases": 5, "temperature": 0.5, "iterations": 1}],
+    "fixed": [{"c": 3}, {"c": 3, "split_heads": True}, {"c": 2, "part": "summary"}],
     "global_context": [{}, {"fusion": "multiply"}, {"fusion": "both", "rd_channels": 2}, {"pooling": "average"}],
+    "factored": [{}, {"part": "previous_row"}],
+    "global_tokens": [{"tokens": 3, "kernel_size": 3}],
     "interlaced_sparse": [{}, {"factor": (2, 3)}],
+    "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
+    "strided": [{}, {"split_heads": True}],
+    "window": [{}, {"kernel_size": (3, 5)}],
 }
 # Parameters that a softmax can't feel, because it does not see a constant: their gradient is 0.
 UNFELT = {"global_context": {"key.bias"}}
@@ -55,6 +62,10 @@ class Case(NamedTuple):
     @property
     def is_mixer(self) -> bool:
         return describe(self.name).kind == "mixer"
+
+    @property
+    def can_be_causal(self) -> bool:
+        return describe(self.name).causal
 
     @property
     def sizes(self) -> dict:
@@ -109,7 +120,7 @@ def alive(model: nn.Module) -> nn.Module:
 def cases() -> list[Case]:
     """Every block with every row of its options, and causal where it can be."""
     found = [Case(name, options) for name in list_blocks() for options in OPTIONS.get(name, [{}])]
-    return found + [Case(name, {"causal": True}) for name in list_blocks() if describe(name).causal]
+    return found + [case._replace(options={**case.options, "causal": True}) for case in found if case.can_be_causal]
 
 
 CHOICES = {

@@ -51,3 +51,11 @@ def pair(name: str, value) -> tuple[int, int]:
     except ValueError:
         raise ValueError(f"{name}={value!r}: must be an integer ≥ 1 or a (height, width) pair of them") from None
     return both
+
+
+def odd_pair(name: str, value) -> tuple[int, int]:
+    """As `pair`, of odd integers."""
+    both = pair(name, value)
+    if both[0] % 2 == 0 or both[1] % 2 == 0:
+        raise ValueError(f"{name}={value!r}: must be odd, or a (height, width) pair of odd integers")
+    return both

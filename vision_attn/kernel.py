@@ -1,14 +1,79 @@
-"""Attention by association: φ(q)(φ(k)ᵀ v) in place of (φ(q) φ(k)ᵀ) v. Cost N·m·d instead of N²·d."""
+"""Attention by association: φ(q)(φ(k)ᵀ v) in place of (φ(q) φ(k)ᵀ) v. Cost N·m·d instead of N²·d.
+
+Sums over positions are taken in at least float32.
+"""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+CHUNK = 64  # positions whose past within the chunk is masked one by one
 
 
 def attend(
     q: Float[Tensor, "B heads tokens m"], k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens d"]
 ) -> Float[Tensor, "B heads tokens d"]:
-    """q (kᵀ v) for feature maps q and k; the sum over positions is taken in at least float32."""
+    """q (kᵀ v) for feature maps q and k."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    state = k.to(wide).mT @ v.to(wide)  # (B, heads, m, d)
-    return (q.to(wide) @ state).to(v.dtype)
+    return (q.to(wide) @ state(k, v)).to(v.dtype)
+
+
+def attend_past(
+    q: Float[Tensor, "B heads tokens m"],
+    k: Float[Tensor, "B heads tokens m"],
+    v: Float[Tensor, "B heads tokens d"],
+    before: Float[Tensor, "B heads m d"] | float = 0.0,
+) -> Float[Tensor, "B heads tokens d"]:
+    """Σ_{j ≤ i} (q_i · k_j) v_j + q_i ``before``: chunk by chunk, from the state before each and a mask within."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    tokens = q.shape[2]
+    q, k, v_wide = (
+        F.pad(t.to(wide), (0, 0, 0, -tokens % CHUNK)).unflatten(2, (-1, CHUNK)) for t in (q, k, v)
+    )  # (B, heads, chunks, CHUNK, ·)
+    # the state before a chunk: shifted, for a difference of sums would round by what comes later
+    earlier = F.pad((k.mT @ v_wide).cumsum(dim=2), (0, 0, 0, 0, 1, 0)).narrow(2, 0, q.shape[2])
+    out = q @ (earlier + (before if isinstance(before, float) else before[:, :, None])) + (q @ k.mT).tril() @ v_wide
+    return out.flatten(2, 3).narrow(2, 0, tokens).to(v.dtype)
+
+
+def state(k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens d"]) -> Float[Tensor, "B heads m d"]:
+    """kᵀ v, all that a query needs to know of the keys and values."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return k.to(wide).mT @ v.to(wide)
+
+
+class Recurrence:
+    """The state of a causal attention by association while an image is made pixel by pixel: O(1) a step.
+
+    Args:
+        features: φ, applied to queries and keys.
+        shape: of the state, (B, heads, m, d + 1).
+    """
+
+    def __init__(self, features, *shape: int, device=None, dtype=None):
+        self.features = features
+        self.past = torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the state, in bytes."""
+        return self.past.nbytes
+
+    def step(
+        self, q: Float[Tensor, "B heads d"], k: Float[Tensor, "B heads d"], v: Float[Tensor, "B heads d"], place: int
+    ) -> Float[Tensor, "B heads d"]:
+        """Takes in the next pixel, and returns what it draws from the past and itself."""
+        q, k, wide = (t.to(self.past.dtype) for t in (self.features(q), self.features(k), v))
+        self.past = self.past + k[..., :, None] * with_ones(wide)[..., None, :]
+        return normalised((q[..., None, :] @ self.past)[..., 0, :]).to(v.dtype)
+
+
+def with_ones(v: Float[Tensor, "... d"]) -> Float[Tensor, "... d_1"]:
+    """A channel of ones beside v: what is summed with it is the sum of the weights."""
+    return F.pad(v, (0, 1), value=1.0)
+
+
+def normalised(out: Float[Tensor, "... d_1"]) -> Float[Tensor, "... d"]:
+    """The first channels divided by the last, the sum of the weights."""
+    return out[..., :-1] / out[..., -1:]

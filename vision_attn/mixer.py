@@ -1,14 +1,18 @@
 """Mixer: tokens on a grid exchange information. qkv → heads → mix → proj."""
 
+import warnings
 from functools import reduce
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from . import check
+from .cache import PatternCache
 from .grid import Grid
+from .pattern import BlindSpot, Pattern, blind_spot
+from .union import attend
 
 
 class Mixer(nn.Module):
@@ -118,6 +122,21 @@ class Mixer(nn.Module):
         q, k, _ = self.heads(x, grid)
         return self.weights(q, k, Grid.of(grid))
 
+    def new_cache(self, batch: int, grid: Grid, *, full: bool = False, device=None, dtype=None):
+        """What `step` keeps of the past while ``batch`` images of ``grid`` are made pixel by pixel.
+
+        ``full=True`` keeps and reads everything, for comparison. Type and device are those of the weights unless given.
+
+        Raises:
+            ValueError: the mixer is not causal.
+        """
+        raise ValueError("causal=False: pixel by pixel only a causal block can go on")
+
+    def step(self, x: Float[Tensor, "B dim"], place: int, cache) -> Float[Tensor, "B dim"]:
+        """What `forward` gives at raster index ``place``, all earlier indices having been stepped through."""
+        q, k, v = (t[:, :, 0] for t in self.heads(x[:, None], Grid(1, 1)))
+        return self.proj_drop(self.proj(cache.step(q, k, v, place).flatten(1)))
+
     @property
     def steps(self) -> tuple["Mixer", ...]:
         """The mixers it is made of: itself, or the parts of a `Sequence`."""
@@ -132,21 +151,69 @@ class Mixer(nn.Module):
         return f"dim={self.dim}, num_heads={self.num_heads}, scale={self.scale:.4g}"
 
 
+class PatternMixer(Mixer):
+    """Softmax attention over what a `Pattern` allows.
+
+    Args:
+        pattern: who sees whom.
+        Others: those of `Mixer`; ``num_heads`` must give each pattern of a `PerHead` at least one head.
+
+    Raises:
+        ValueError: fewer heads than patterns.
+
+    Warns:
+        BlindSpot: a causal pattern leaves part of the past unheard at any depth.
+    """
+
+    def __init__(self, pattern: Pattern, dim: int, num_heads: int | None = None, **mixer):
+        check.positive_int("dim", dim)
+        least = len(pattern.by_head())
+        if num_heads is None and least > 1:
+            num_heads = next((n for n in range(max(1, dim // 32), dim + 1) if dim % n == 0 and n >= least), None)
+        super().__init__(dim, num_heads, **mixer)
+        if self.num_heads < least:
+            raise ValueError(f"num_heads={self.num_heads}: must be ≥ {least}, one head for each pattern")
+        self.pattern = pattern
+        if pattern.causal and (missing := blind_spot([pattern])):
+            name = type(self).__module__.rpartition(".")[2]
+            warnings.warn(
+                f"causal {name} alone leaves {missing} of 903 past pairs on a 6×7 grid unheard at any depth: "
+                "other heads or layers must hear them",
+                BlindSpot,
+                stacklevel=4,
+            )
+
+    def mix(self, q, k, v, grid):
+        return attend(q, k, v, grid, self.pattern, scale=self.scale, dropout=self.dropout)
+
+    def weights(self, q, k, grid):
+        mask = self.pattern.head_masks(q.shape[1], grid, grid.prefix_of(q.shape[2]), q.device)
+        return softmax_over(mask, q, k, self.scale)
+
+    def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
+        if not self.pattern.causal:
+            return super().new_cache(batch, grid)
+        weight = self.qkv.weight
+        dims = (self.key_dim // self.num_heads, self.dim // self.num_heads)
+        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        return PatternCache(self.pattern, batch, self.num_heads, Grid.of(grid), dims, self.scale, full, **factory)
+
+
 class Sequence(Mixer):
     """Mixers one after the other, each with its own projections. Its definition is their composition."""
 
     def __init__(self, *steps: Mixer):
         nn.Module.__init__(self)  # the projections are those of the steps
         self.dim = steps[0].dim
-        self.step = nn.ModuleList(steps)
+        self.chain = nn.ModuleList(steps)
 
     def forward(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> Float[Tensor, "B tokens dim"]:
-        return reduce(lambda x, step: step(x, grid), self.step, x)
+        return reduce(lambda x, step: step(x, grid), self.chain, x)
 
     def attention(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> Float[Tensor, "B 1 tokens tokens"]:
         """Product of the steps' weights, heads averaged: what is heard through all steps."""
         heard = None
-        for step in self.step:
+        for step in self.chain:
             seen = step.attention(x, grid).mean(dim=1, keepdim=True)
             heard = seen if heard is None else seen @ heard
             x = step(x, grid)
@@ -154,16 +221,19 @@ class Sequence(Mixer):
 
     @property
     def steps(self) -> tuple[Mixer, ...]:
-        return tuple(self.step)
+        return tuple(self.chain)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
 
 
 def softmax_over(
-    mask: Tensor | None, q: Float[Tensor, "B heads tokens dk"], k: Float[Tensor, "B heads tokens dk"], scale: float
+    mask: Bool[Tensor, "#heads tokens tokens"] | None,
+    q: Float[Tensor, "B heads tokens dk"],
+    k: Float[Tensor, "B heads tokens dk"],
+    scale: float,
 ) -> Float[Tensor, "B heads tokens tokens"]:
-    """softmax(scale · q kᵀ) over the keys that ``mask`` (tokens, tokens) lets through: the plain N×N matrix."""
+    """softmax(scale · q kᵀ) over the keys that ``mask`` lets through: the plain N×N matrix."""
     scores = scale * torch.einsum("bnid,bnjd->bnij", q, k)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

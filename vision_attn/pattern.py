@@ -1,39 +1,76 @@
 """Who may see whom on a grid: the definition of a sparse pattern, and the key sets that compute it fast.
 
 A `Pattern` is said twice. ``allowed`` is the rule, pixel by pixel; ``mask``, ``draw`` and ``reach`` follow from it.
-``key_sets`` are reshapes of the grid: each puts every query in one group with keys it may see, and together
-they hold every allowed pair exactly once. `union` computes attention from the key sets alone.
+``key_sets`` are reshapes of the grid: each puts queries in groups with keys they may see, and together they hold every
+allowed pair exactly once. `union` computes attention from the key sets alone.
+
+Patterns compose: ``a & b`` is what both allow, ``a | b`` what either does, `PerHead` gives heads patterns of their own.
 """
 
+from collections.abc import Sequence as Patterns
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 from torch import Tensor
 
 from .grid import Grid
+from .key_set import Columns, Everything, KeySet, Neighbours, Only, Rows, SeenByAll, SeesAll
+
+
+class BlindSpot(UserWarning):
+    """A causal pattern leaves part of the past unheard, however many layers of it are stacked."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A rule for which positions of a grid see which. Subclasses state ``allowed`` and ``key_sets``."""
+    """A rule for which positions of a grid see which. Subclasses state ``allowed``, ``key_sets`` and ``causal``."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether nothing is seen that comes later in raster order."""
+        return False
 
     def allowed(self, qy, qx, ky, kx, grid: Grid):
         """Whether the query at (qy, qx) may see the key at (ky, kx); integers or broadcastable integer tensors."""
         raise NotImplementedError
 
-    def key_sets(self) -> tuple["KeySet", ...]:
+    def key_sets(self) -> tuple[KeySet, ...]:
         """Disjoint key sets whose union is ``allowed``."""
         raise NotImplementedError
 
+    def by_head(self) -> tuple["Pattern", ...]:
+        """The patterns of equal shares of the heads, in order: itself, or those of a `PerHead`."""
+        return (self,)
+
+    def shares(self, heads: int) -> list[int]:
+        """How many of the heads each pattern of `by_head` has."""
+        n = len(self.by_head())
+        ends = [-(-heads * i // n) for i in range(n + 1)]
+        return [last - first for first, last in zip(ends, ends[1:])]
+
+    def __and__(self, other: "Pattern") -> "Pattern":
+        return Both(self, other)
+
+    def __or__(self, other: "Pattern") -> "Pattern":
+        return Either(self, other)
+
     def mask(self, grid: Grid, prefix: int = 0, device=None) -> Bool[Tensor, "tokens tokens"]:
-        """The rule as a matrix, rows are queries. Prefix tokens see all and are seen by all."""
+        """The rule as a matrix, rows are queries. Prefix tokens see all and are seen by all.
+
+        In a causal pattern they come before all positions, and see only one another.
+        """
         y, x = (c.flatten() for c in torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))
         seen = self.allowed(y[:, None], x[:, None], y[None, :], x[None, :], grid).expand(grid.size, grid.size)
-        return F.pad(seen, (prefix, 0, prefix, 0), value=True)
+        first = torch.full((prefix, grid.size), not self.causal, device=device)
+        return F.pad(torch.cat([first, seen]), (prefix, 0), value=True)
+
+    def head_masks(self, heads: int, grid: Grid, prefix: int = 0, device=None) -> Bool[Tensor, "heads tokens tokens"]:
+        """The mask of each head."""
+        parts = zip(self.by_head(), self.shares(heads))
+        return torch.cat([part.mask(grid, prefix, device).expand(n, -1, -1) for part, n in parts if n])
 
     def draw(self, grid: Grid, y: int, x: int) -> str:
         """What the query at (y, x) sees: ``@`` itself, ``#`` seen, ``-`` not seen (``o``: not even itself)."""
@@ -44,83 +81,180 @@ class Pattern:
 
     def reach(self, grid: Grid, layers: int) -> Bool[Tensor, "positions positions"]:
         """Who is heard by whom after ``layers`` layers of this pattern (with residual connections)."""
-        one = self.mask(grid) | torch.eye(grid.size, dtype=torch.bool)
-        return reduce(lambda seen, _: (seen.float() @ one.float()) > 0, range(layers - 1), one)
+        return cycle_reach([self] * layers, grid)
 
 
-class KeySet:
-    """A reshape of the grid into groups in which every query sees every key that ``mask`` lets through."""
-
-    def fold(self, x: Shaped[Tensor, "b H W d"]) -> Shaped[Tensor, "b groups length d"]:
-        """The grid as groups, padded with zeros where it does not divide."""
-        raise NotImplementedError
-
-    def unfold(self, x: Shaped[Tensor, "b groups length d"], grid: Grid) -> Shaped[Tensor, "b H W d"]:
-        """The inverse of ``fold``; padding is dropped."""
-        raise NotImplementedError
-
-    def mask(self, grid: Grid, device) -> Bool[Tensor, "#groups #length length"] | None:
-        """Which keys of its group a query sees; None: all of them."""
-        return None
+def cycle_reach(patterns: Patterns[Pattern], grid: Grid) -> Bool[Tensor, "positions positions"]:
+    """Who is heard by whom after one layer of each pattern, the first pattern first (with residual connections)."""
+    own = torch.eye(grid.size, dtype=torch.bool)
+    return reduce(lambda heard, pattern: ((pattern.mask(grid) | own).float() @ heard.float()) > 0, patterns, own)
 
 
-class Rows(KeySet):
-    """Every position with its own row. A view, no copy."""
-
-    def fold(self, x):
-        return x
-
-    def unfold(self, x, grid):
-        return x
-
-
-class Columns(KeySet):
-    """Every position with its own column, with or without itself. A view, no copy."""
-
-    def __init__(self, with_self: bool = True):
-        self.with_self = with_self
-
-    def fold(self, x):
-        return x.transpose(1, 2)
-
-    def unfold(self, x, grid):
-        return x.transpose(1, 2)
-
-    def mask(self, grid, device):
-        if self.with_self:
-            return None
-        y = torch.arange(grid.height, device=device)
-        return (y[:, None] != y[None, :])[None]
+def blind_spot(patterns: Patterns[Pattern], grid: Grid = Grid(6, 7)) -> int:
+    """Number of past pairs of positions (each with itself counted) that no depth of this cycle of layers connects."""
+    once = heard = cycle_reach(patterns, grid)
+    for _ in range(grid.size.bit_length()):
+        heard = (heard.float() @ heard.float()) > 0
+    past = torch.ones_like(once).tril()
+    return int((past & ~heard).sum())
 
 
-class Tiles(KeySet):
-    """The grid cut into tiles of ``tile`` = (height, width) positions, padded at the bottom and right.
+# Compositions
 
-    With ``across=False`` a group is one tile of adjacent positions (a window); with ``across=True`` it is the
-    positions that hold the same place in every tile (a dilated grid).
-    """
 
-    def __init__(self, tile: tuple[int, int], across: bool = False):
-        self.tile = tile
-        self.groups, self.members = ("(py px)", "(y x)") if across else ("(y x)", "(py px)")
+@dataclass(frozen=True)
+class Both(Pattern):
+    """What two patterns allow: the key sets of the first, masked by the second."""
 
-    def sizes(self, height: int, width: int) -> dict[str, int]:
-        """Tiles down (y) and across (x), and positions in one (py, px)."""
-        py, px = self.tile
-        return dict(y=(height + py - 1) // py, x=(width + px - 1) // px, py=py, px=px)
+    first: Pattern
+    second: Pattern
 
-    def fold(self, x):
-        height, width = x.shape[1:3]
-        n = self.sizes(height, width)
-        x = F.pad(x, (0, 0, 0, n["x"] * n["px"] - width, 0, n["y"] * n["py"] - height))
-        return rearrange(x, f"b (y py) (x px) d -> b {self.groups} {self.members} d", **n)
+    @property
+    def causal(self):
+        return self.first.causal or self.second.causal
 
-    def unfold(self, x, grid):
-        n = self.sizes(*grid)
-        x = rearrange(x, f"b {self.groups} {self.members} d -> b (y py) (x px) d", **n)
-        # not a slice, whose size is a new unknown to torch.export
-        return x.narrow(1, 0, grid.height).narrow(2, 0, grid.width)
+    def allowed(self, qy, qx, ky, kx, grid):
+        return self.first.allowed(qy, qx, ky, kx, grid) & self.second.allowed(qy, qx, ky, kx, grid)
 
-    def mask(self, grid, device):
-        inside = torch.ones(1, grid.height, grid.width, 1, dtype=torch.bool, device=device)
-        return self.fold(inside)[0].transpose(1, 2)  # (groups, 1, length)
+    def key_sets(self):
+        return tuple(Only(keys, self.second) for keys in self.first.key_sets())
+
+
+@dataclass(frozen=True)
+class Either(Pattern):
+    """What either of two patterns allows: the key sets of the first, and those of the second without the first."""
+
+    first: Pattern
+    second: Pattern
+
+    @property
+    def causal(self):
+        return self.first.causal and self.second.causal
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return self.first.allowed(qy, qx, ky, kx, grid) | self.second.allowed(qy, qx, ky, kx, grid)
+
+    def key_sets(self):
+        return self.first.key_sets() + tuple(Only(keys, self.first, False) for keys in self.second.key_sets())
+
+
+@dataclass(frozen=True)
+class PerHead(Pattern):
+    """A pattern for each share of the heads. The rule is what the heads allow together."""
+
+    patterns: tuple[Pattern, ...]
+
+    @property
+    def causal(self):
+        return all(pattern.causal for pattern in self.patterns)
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return reduce(lambda a, b: a | b, (pattern.allowed(qy, qx, ky, kx, grid) for pattern in self.patterns))
+
+    def by_head(self):
+        return self.patterns
+
+    def __and__(self, other):
+        return PerHead(tuple(pattern & other for pattern in self.patterns))
+
+    def __or__(self, other):
+        return PerHead(tuple(pattern | other for pattern in self.patterns))
+
+
+# Rules that several mechanisms share
+
+
+@dataclass(frozen=True)
+class All(Pattern):
+    """Everything."""
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (ky == ky) & (qy == qy)
+
+    def key_sets(self):
+        return (Everything(),)
+
+
+@dataclass(frozen=True)
+class Past(Pattern):
+    """Itself and everything before it in raster order."""
+
+    @property
+    def causal(self):
+        return True
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (ky < qy) | ((ky == qy) & (kx <= qx))
+
+    def key_sets(self):
+        return (Everything(causal=True),)
+
+
+@dataclass(frozen=True)
+class Row(Pattern):
+    """Own row, to the left or (not ``past``) on both sides, and itself."""
+
+    past: bool = False
+
+    @property
+    def causal(self):
+        return self.past
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (qy == ky) & ((kx <= qx) | (not self.past))
+
+    def key_sets(self):
+        return (Rows(causal=self.past),)
+
+
+@dataclass(frozen=True)
+class Column(Pattern):
+    """Own column, above or (not ``past``) below, and itself."""
+
+    past: bool = False
+
+    @property
+    def causal(self):
+        return self.past
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (qx == kx) & ((ky <= qy) | (not self.past))
+
+    def key_sets(self):
+        return (Columns(causal=self.past),)
+
+
+@dataclass(frozen=True)
+class Window(Pattern):
+    """At most ``radius`` steps of ``dilation`` away, both (down, right); ``past``: and before, or itself."""
+
+    radius: tuple[int, int]
+    dilation: tuple[int, int] = (1, 1)
+    past: bool = False
+
+    @property
+    def causal(self):
+        return self.past
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        (ry, rx), (sy, sx) = self.radius, self.dilation
+        down, right = ky - qy, kx - qx
+        on_steps = (down % sy == 0) & (right % sx == 0)
+        near = (abs(down) <= ry * sy) & (abs(right) <= rx * sx)
+        return on_steps & near & ((down < 0) | ((down == 0) & (right <= 0)) | (not self.past))
+
+    def key_sets(self):
+        return (Neighbours(self.radius, self.dilation, self.past),)
+
+
+@dataclass(frozen=True)
+class Global(Pattern):
+    """The first ``tokens`` positions in raster order see all and are seen by all."""
+
+    tokens: int
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (qy * grid.width + qx < self.tokens) | (ky * grid.width + kx < self.tokens)
+
+    def key_sets(self):
+        return SeenByAll(self.tokens), SeesAll(self.tokens)

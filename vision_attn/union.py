@@ -1,7 +1,8 @@
 """Exact softmax attention over a union of disjoint key sets, without the N×N matrix.
 
-One key set goes straight to `torch.nn.functional.scaled_dot_product_attention` on folded views. Several share one
-softmax over their concatenated scores: time and memory grow with the pairs that are looked at.
+One key set goes straight to `torch.nn.functional.scaled_dot_product_attention` on folded views. Several are one flash
+call each, merged by their log-sum-exp; or, where no kernel gives that (`flash.kernel_for`), one softmax over their
+concatenated scores. Time and memory grow with the pairs that are looked at.
 """
 
 import torch
@@ -10,8 +11,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from .flash import kernel_for, merged
 from .grid import Grid
-from .pattern import KeySet
+from .key_set import Everything, KeySet
+from .pattern import Pattern
 
 
 def attend(
@@ -19,64 +22,95 @@ def attend(
     k: Float[Tensor, "B heads tokens dk"],
     v: Float[Tensor, "B heads tokens dv"],
     grid: Grid,
-    key_sets: tuple[KeySet, ...],
+    pattern: Pattern,
     *,
     scale: float,
     dropout: float = 0.0,
     bias: Float[Tensor, "#b groups length length"] | None = None,
 ) -> Float[Tensor, "B heads tokens dv"]:
-    """softmax over the union of ``key_sets`` and the prefix tokens; prefix queries see everything.
+    """softmax over what ``pattern`` allows and the prefix tokens; prefix queries see all (causal: one another).
 
     ``bias`` is added to the scaled scores of the only key set, b = B · heads. Cost: (queries × keys looked at) · d.
     """
-    heads, prefix = q.shape[1], grid.prefix_of(q.shape[2])
-    on_grid = [
-        rearrange(t[:, :, prefix:], "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for t in (q, k, v)
+    parts, heads, prefix = pattern.by_head(), q.shape[1], grid.prefix_of(q.shape[2])
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave normalised queries and keys wider
+    shares = pattern.shares(heads)
+    heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
+    outs = [
+        _on_grid(*some, grid, part.key_sets(), scale, dropout, bias)
+        for part, some in zip(parts, heads_of)
+        if some[0].shape[1]
     ]
-    k_prefix, v_prefix = (rearrange(t[:, :, :prefix], "B n P d -> (B n) 1 P d") for t in (k, v))
-    route = _one_set if len(key_sets) == 1 else _concatenated
-    out = route(*on_grid, k_prefix, v_prefix, grid, key_sets, bias, scale, dropout)
-    out = rearrange(out, "(B n) H W d -> B n (H W) d", n=heads)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
     if prefix == 0:
         return out
+    k, v = (t[:, :, :prefix] if pattern.causal else t for t in (k, v))
     first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, dropout_p=dropout, scale=scale)
     return torch.cat([first, out], dim=2)
 
 
-def _one_set(q, k, v, k_prefix, v_prefix, grid, key_sets, bias, scale, dropout):
-    (keys,) = key_sets
-    prefix = k_prefix.shape[2]
-    q, k, v = (keys.fold(t) for t in (q, k, v))
-    mask = _additive(keys.mask(grid, q.device), q.dtype)
-    if bias is not None:
-        mask = bias if mask is None else bias + mask
+def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
+    """Attention of the positions, without the prefix queries."""
+    heads, prefix = q.shape[1], grid.prefix_of(q.shape[2])
+    maps = [rearrange(t[:, :, prefix:], "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for t in (q, k, v)]
+    before = [rearrange(t[:, :, :prefix], "B n P d -> (B n) 1 P d") for t in (k, v)]
+    if len(key_sets) == 1:
+        out = _one_set(*maps, before, grid, *key_sets, scale, dropout, bias)
+    elif bias is not None:
+        raise ValueError(f"bias: takes one key set, got {len(key_sets)}")
+    elif dropout == 0 and (kernel := kernel_for(*maps)):
+        out = _merged(kernel, *maps, before, grid, key_sets, scale)
+    else:
+        out = _concatenated(*maps, before, grid, key_sets, scale, dropout)
+    return rearrange(out, "(B n) H W d -> B n (H W) d", n=heads)
+
+
+def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
+    q, k, v = keys.queries(q), keys.keys(k), keys.keys(v)
+    seen, causal, prefix = keys.mask(grid, q.device), keys.causal, before[0].shape[2]
     if prefix:
-        k, v = (torch.cat([p.expand(-1, t.shape[1], -1, -1), t], dim=2) for p, t in ((k_prefix, k), (v_prefix, v)))
-        mask = None if mask is None else F.pad(mask, (prefix, 0))
+        seen, causal = _with_causal(keys, grid, q.device), False
+        seen = None if seen is None else F.pad(seen, (prefix, 0), value=True)
+        k, v = (torch.cat([p.expand(-1, t.shape[1], -1, -1), t], dim=2) for p, t in zip(before, (k, v)))
+    mask = _additive(seen, q.dtype)
+    if bias is not None:
+        bias = F.pad(bias, (prefix, 0))
+        mask = bias if mask is None else bias + mask
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    return keys.unfold(out, grid)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    return keys.place(out, grid)
 
 
-def _concatenated(q, k, v, k_prefix, v_prefix, grid, key_sets, bias, scale, dropout):
-    if bias is not None:
-        raise ValueError(f"bias: takes one key set, got {len(key_sets)}")
-    prefix = k_prefix.shape[2]
+def _merged(kernel, q, k, v, before, grid, key_sets, scale):
+    sets = [part for keys in key_sets for part in keys.parts(grid)]
+    masks = [_additive(keys.mask(grid, q.device), q.dtype) for keys in sets]
+    return merged(kernel, sets, masks, grid, scale, q, k, v, *before)
+
+
+def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
     q = q * scale
-    scores = [rearrange(q, "b H W d -> b 1 (H W) d") @ k_prefix.mT] if prefix else []
-    scores = [rearrange(s, "b 1 (H W) P -> b H W P", H=grid.height, W=grid.width) for s in scores]
+    scores, prefix = [], before[0].shape[2]
+    if prefix:
+        scores.append(Everything().place(Everything().queries(q) @ before[0].mT, grid))
     for keys in key_sets:
-        seen = keys.fold(q) @ keys.fold(k).mT
-        mask = _additive(keys.mask(grid, q.device), q.dtype)
-        scores.append(keys.unfold(seen if mask is None else seen + mask, grid))
+        seen = keys.queries(q) @ keys.keys(k).mT
+        mask = _additive(_with_causal(keys, grid, q.device), q.dtype)
+        scores.append(keys.place(seen if mask is None else seen + mask, grid, torch.finfo(q.dtype).min))
     weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
     weights = F.dropout(weights.to(v.dtype), dropout).split([s.shape[-1] for s in scores], dim=-1)
-    out = sum(keys.unfold(keys.fold(w) @ keys.fold(v), grid) for keys, w in zip(key_sets, weights[-len(key_sets) :]))
+    out = sum(keys.place(keys.queries(w) @ keys.keys(v), grid) for keys, w in zip(key_sets, weights[-len(key_sets) :]))
     if prefix:
-        first = rearrange(weights[0], "b H W P -> b 1 (H W) P") @ v_prefix
-        out = out + rearrange(first, "b 1 (H W) d -> b H W d", H=grid.height, W=grid.width)
+        out = out + Everything().place(Everything().queries(weights[0]) @ before[1], grid)
     return out
+
+
+def _with_causal(keys: KeySet, grid, device):
+    """The mask of a key set, its causality included."""
+    if not keys.causal:
+        return keys.mask(grid, device)
+    number, _ = keys.numbers(grid, device)
+    return torch.ones(1, number.shape[1], number.shape[1], dtype=torch.bool, device=device).tril()
 
 
 def _additive(mask, dtype):

@@ -13,47 +13,32 @@ BatchNorms of qkv and output; its queries and keys are half as wide (``key_dim``
 have no r. The sum is a reading of their layer that common code has made usual.
 
 >>> from vision_attn import Grid
->>> print(Line(axis=0).draw(Grid(3, 5), 1, 3))
+>>> print(Column().draw(Grid(3, 5), 1, 3))
 ---#-
 ---@-
 ---#-
->>> print(Line(axis=1).draw(Grid(3, 5), 1, 3))
+>>> print(Row().draw(Grid(3, 5), 1, 3))
 -----
 ###@#
 -----
 """
-
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import nn
 
 from .. import check
-from ..mixer import Mixer, Sequence
-from ..pattern import Columns, Pattern, Rows
+from ..mixer import PatternMixer, Sequence
+from ..pattern import Column, Row
 from ..union import attend
 
 
-@dataclass(frozen=True)
-class Line(Pattern):
-    """Own column (``axis=0``) or own row (``axis=1``)."""
-
-    axis: int
-
-    def allowed(self, qy, qx, ky, kx, grid):
-        return qx == kx if self.axis == 0 else qy == ky
-
-    def key_sets(self):
-        return (Columns() if self.axis == 0 else Rows(),)
-
-
-class Along(Mixer):
+class Along(PatternMixer):
     """Attention along one axis, with relative positions if ``length`` is given."""
 
     def __init__(self, axis, length, dim, num_heads, *, device=None, dtype=None, **mixer):
-        super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
-        self.pattern, self.length = Line(axis), length
+        super().__init__((Column(), Row())[axis], dim, num_heads, device=device, dtype=dtype, **mixer)
+        self.axis, self.length = axis, length
         size = (2, 2 * length - 1, self.key_dim // self.num_heads) if length else None  # r^q and r^k, by offset
         self.relative = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if length else None
         self.reset_parameters()
@@ -66,13 +51,13 @@ class Along(Mixer):
     def mix(self, q, k, v, grid):
         (keys,) = self.pattern.key_sets()
         bias = None if self.relative is None else self.scale * self.folded_bias(q, k, keys, grid)
-        return attend(q, k, v, grid, (keys,), scale=self.scale, dropout=self.dropout, bias=bias)
+        return attend(q, k, v, grid, self.pattern, scale=self.scale, dropout=self.dropout, bias=bias)
 
     def folded_bias(self, q, k, keys, grid):
         """q_i · r^q_{j-i} + k_j · r^k_{j-i} for each group, (B · heads, groups, L, L)."""
-        prefix, length = grid.prefix_of(q.shape[2]), grid[self.pattern.axis]
+        prefix, length = grid.prefix_of(q.shape[2]), grid[self.axis]
         q, k = (
-            keys.fold(rearrange(t[:, :, prefix:], "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width))
+            keys.queries(rearrange(t[:, :, prefix:], "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width))
             for t in (q, k)
         )
         table = self.resized(length).to(q.dtype)  # (2, 2L - 1, d)
@@ -99,8 +84,8 @@ class Along(Mixer):
     def plain_bias(self, q, k, grid):
         """The position terms of every pair of pixels, (B, heads, N, N); those of unseen pairs mean nothing."""
         place = torch.arange(grid.size, device=q.device)
-        place = (place // grid.width if self.pattern.axis == 0 else place % grid.width).double()
-        stretch = (self.length - 1) / max(1, grid[self.pattern.axis] - 1)
+        place = (place // grid.width if self.axis == 0 else place % grid.width).double()
+        stretch = (self.length - 1) / max(1, grid[self.axis] - 1)
         at = (place[None, :] - place[:, None]) * stretch + self.length - 1  # where in the table, a real number
         low = at.floor().long().clamp(0, 2 * self.length - 2)
         high, part = (low + 1).clamp(max=2 * self.length - 2), (at - low)[..., None].to(q.dtype)
@@ -127,10 +112,10 @@ class Block(Sequence):
 
     def forward(self, x, grid):
         if self.mode == "sum":
-            return sum(step(x, grid) for step in self.step)
+            return sum(step(x, grid) for step in self.chain)
         return super().forward(x, grid)
 
     def attention(self, x, grid):
         if self.mode == "sum":
-            return sum(step.attention(x, grid).mean(dim=1, keepdim=True) for step in self.step) / 2
+            return sum(step.attention(x, grid).mean(dim=1, keepdim=True) for step in self.chain) / 2
         return super().attention(x, grid)

@@ -20,9 +20,9 @@ On tokens the block is applied once: there the depth of the ViT is the recurrenc
 from dataclasses import dataclass
 
 from .. import check
-from ..mixer import Mixer, softmax_over
-from ..pattern import Columns, Pattern, Rows
-from ..union import attend
+from ..key_set import Columns, Rows
+from ..mixer import PatternMixer
+from ..pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CrissCross(Pattern):
         return Rows(), Columns(with_self=False)
 
 
-class Block(Mixer):
+class Block(PatternMixer):
     """Criss-cross attention. ``recurrence``: times a layer on maps applies it; other arguments: `Mixer`."""
 
     not_causal = (
@@ -44,13 +44,6 @@ class Block(Mixer):
     )
 
     def __init__(self, dim, num_heads=None, *, recurrence: int = 2, **mixer):
-        super().__init__(dim, num_heads, **mixer)
+        super().__init__(CrissCross(), dim, num_heads, **mixer)
         check.positive_int("recurrence", recurrence)
         self.recurrence = recurrence
-        self.pattern = CrissCross()
-
-    def mix(self, q, k, v, grid):
-        return attend(q, k, v, grid, self.pattern.key_sets(), scale=self.scale, dropout=self.dropout)
-
-    def weights(self, q, k, grid):
-        return softmax_over(self.pattern.mask(grid, grid.prefix_of(q.shape[2]), q.device), q, k, self.scale)

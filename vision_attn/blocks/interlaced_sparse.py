@@ -30,9 +30,9 @@ convolution around the module are the host's.
 from dataclasses import dataclass
 
 from .. import check
-from ..mixer import Mixer, Sequence, softmax_over
-from ..pattern import Pattern, Tiles
-from ..union import attend
+from ..key_set import Tiles
+from ..mixer import PatternMixer, Sequence
+from ..pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,6 @@ class Near(Pattern):
         return (Tiles(self.factor),)
 
 
-class Step(Mixer):
-    """Attention within one of the two patterns."""
-
-    def __init__(self, pattern, dim, num_heads, **mixer):
-        super().__init__(dim, num_heads, **mixer)
-        self.pattern = pattern
-
-    def mix(self, q, k, v, grid):
-        return attend(q, k, v, grid, self.pattern.key_sets(), scale=self.scale, dropout=self.dropout)
-
-    def weights(self, q, k, grid):
-        return softmax_over(self.pattern.mask(grid, grid.prefix_of(q.shape[2]), q.device), q, k, self.scale)
-
-
 class Block(Sequence):
     """Long range, then short range. ``factor``: window size, one integer or (height, width); the rest is `Mixer`'s."""
 
@@ -82,4 +68,4 @@ class Block(Sequence):
 
     def __init__(self, dim, num_heads=None, *, factor: int | tuple[int, int] = 8, **mixer):
         factor = check.pair("factor", factor)
-        super().__init__(*(Step(pattern, dim, num_heads, **mixer) for pattern in (Apart(factor), Near(factor))))
+        super().__init__(*(PatternMixer(pattern, dim, num_heads, **mixer) for pattern in (Apart(factor), Near(factor))))

@@ -1,0 +1,131 @@
+"""The routes of exact sparse attention: flash calls merged by log-sum-exp, and concatenated scores."""
+
+import pytest
+import torch
+from conftest import BATCH, HEADS, KEY
+
+from vision_attn import Grid, create_block, flash, union
+
+GRIDS = [Grid(13, 17), Grid(17, 5), Grid(1, 23), Grid(29, 1), Grid(1, 1)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of the flash kernel."""
+    count = dict(forward=0, backward=0)
+
+    class Counting(flash.Cpu):
+        @staticmethod
+        def forward(*args):
+            count["forward"] += 1
+            return flash.Cpu.forward(*args)
+
+        @staticmethod
+        def backward(*args):
+            count["backward"] += 1
+            return flash.Cpu.backward(*args)
+
+    monkeypatch.setattr(union, "kernel_for", lambda q, k, v: flash.kernel_for(q, k, v) and Counting)
+    return count
+
+
+def inputs(grid, prefix=0, channels=KEY, dtype=torch.float64):
+    return [torch.randn(BATCH, HEADS, prefix + grid.size, channels, dtype=dtype) for _ in range(3)]
+
+
+def outputs_and_gradients(step, tensors, grid):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    out = step.mix(*tensors, grid)
+    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    return [out, *torch.autograd.grad(out, tensors, direction)]
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_both_routes_give_the_same(pattern_case, grid, prefix, monkeypatch, calls):
+    for step in pattern_case.block().steps:
+        tensors = inputs(grid, prefix)
+        merged = outputs_and_gradients(step, tensors, grid)
+        used = calls["forward"]
+        with monkeypatch.context() as patch:
+            patch.setattr(union, "kernel_for", lambda q, k, v: None)
+            concatenated = outputs_and_gradients(step, tensors, grid)
+        assert calls["forward"] == used
+        for one, other in zip(merged, concatenated):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_several_sets_are_merged_and_one_is_not(pattern_case, calls):
+    """One set goes to the public function, whichever kernel that takes."""
+    grid = Grid(13, 17)
+    for step in pattern_case.block().steps:
+        before = calls["forward"]
+        several = any(len(part.key_sets()) > 1 for part in step.pattern.by_head())
+        outputs_and_gradients(step, inputs(grid), grid)
+        assert (calls["forward"] > before) == several
+    assert calls["forward"] == calls["backward"]
+
+
+def test_what_the_kernel_can_not_do_goes_the_other_way(calls):
+    block, grid = create_block("criss_cross", 33, num_heads=3), Grid(5, 7)
+    q, k, v = inputs(grid, dtype=torch.float32)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        block.mix(q.to(dtype), k.to(dtype), v.to(dtype), grid)
+    assert calls["forward"] == 4 * 2  # row and column; of prefix tokens there are none
+    before = calls["forward"]
+    block.mix(q, k, v[..., :5], grid)  # values of another width
+    block.mix(q.to("meta"), k.to("meta"), v.to("meta"), grid)
+    block.mix(q[:0], k[:0], v[:0], grid)
+    assert calls["forward"] == before
+
+
+def test_an_empty_batch_has_an_empty_answer(pattern_case):
+    grid = Grid(5, 7)
+    for step in pattern_case.block().steps:
+        out = outputs_and_gradients(step, [t[:0] for t in inputs(grid, 2)], grid)
+        assert [t.shape for t in out] == [(0, HEADS, 2 + grid.size, KEY)] * 4
+
+
+def test_channels_need_not_lie_side_by_side(pattern_case):
+    """The kernel itself reads such tensors wrongly, without an error."""
+    grid = Grid(5, 7)
+    for step in pattern_case.block().steps:
+        tensors = inputs(grid)
+        wanted = outputs_and_gradients(step, tensors, grid)
+        apart = [t.mT.contiguous().mT for t in tensors]
+        for t, other in zip(outputs_and_gradients(step, apart, grid), wanted):
+            torch.testing.assert_close(t, other, rtol=1e-10, atol=1e-12)
+        one_slope = [t.clone().requires_grad_() for t in tensors]
+        out = step.mix(*one_slope, grid)
+        slopes = torch.autograd.grad(out.sum(), one_slope)  # a gradient that is one number, expanded
+        again = torch.autograd.grad(step.mix(*one_slope, grid), one_slope, torch.ones_like(out))
+        for t, other in zip(slopes, again):
+            torch.testing.assert_close(t, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision_are_as_good_as_torchs(pattern_case, dtype):
+    """Within twice the error of dense attention with the pattern as a mask, in the same type."""
+    grid = Grid(13, 17)
+    for step in pattern_case.block().steps:
+        if getattr(step, "relative", None) is not None:
+            continue
+        tensors = [t.to(dtype) for t in inputs(grid)]
+        exact = outputs_and_gradients(step, [t.double() for t in tensors], grid)
+        mask = step.pattern.head_masks(HEADS, grid)
+
+        class Plain:
+            @staticmethod
+            def mix(q, k, v, grid, mask=mask, scale=step.scale):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+        ours, torchs = outputs_and_gradients(step, tensors, grid), outputs_and_gradients(Plain, tensors, grid)
+        for one, other, wanted in zip(ours, torchs, exact):
+            error, allowed = ((t.double() - wanted).abs().max().item() for t in (one, other))
+            assert error <= 2 * allowed
+
+
+def test_dropout_leaves_the_kernel_alone(calls):
+    block, grid = create_block("criss_cross", 33, num_heads=3, attn_drop=0.3).train(), Grid(5, 7)
+    block.mix(*inputs(grid, dtype=torch.float32), grid)
+    assert calls["forward"] == 0

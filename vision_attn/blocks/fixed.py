@@ -1,0 +1,293 @@
+"""Fixed attention: each pixel looks at its own row and at a few summary columns of every row.
+
+Child et al. 2019, Sparse Transformer, https://arxiv.org/abs/1904.10509
+    A_i = softmax over {j ≤ i : row(j) = row(i)} ∪ {j ≤ i : col(j) in the summary columns} of q_i · k_j
+Cost: 2 N (W + c H) d
+The summary of head h is the h-th block of ``c`` columns from the right (round and round where the row has fewer
+blocks), so that heads have distinct ones, as the paper advises. With ``causal=True`` the order is the raster, as
+published; without, everything goes both ways. One softmax over the union is the paper's "merged head";
+``split_heads=True`` gives the first half of the heads the row and the second half the summaries; ``part="local"`` and
+``part="summary"`` give a layer one of them, to be interleaved by the host: the local layer must come first, since what
+a summary does not know the later row can't ask.
+Deviations: the paper's blocks are pieces of a sequence of any length; ours are the rows of the image. A pixel always
+sees itself. Without ``causal`` the pattern is our reading.
+
+>>> from vision_attn import Grid
+>>> print(Fixed(c=2, block=0, past=True).draw(Grid(5, 7), 3, 2))
+-----##
+-----##
+-----##
+##@----
+-------
+>>> print(Fixed(c=2, block=1, past=False).draw(Grid(5, 7), 3, 2))
+---##--
+---##--
+---##--
+##@####
+---##--
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import check
+from ..key_set import Everything, KeySet, Rows, pad
+from ..mixer import PatternMixer
+from ..pattern import Pattern, PerHead, Row
+
+NEAR = 8  # rows within which summaries are masked one by one
+
+
+@dataclass(frozen=True)
+class Summary(Pattern):
+    """The summary columns of all rows or (``past``) as far as they come before; and itself."""
+
+    c: int
+    block: int
+    past: bool
+
+    @property
+    def causal(self):
+        return self.past
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        first = max(0, grid.width - self.c * (self.block % max(1, grid.width // self.c) + 1))
+        before = (ky < qy) | ((ky == qy) & (kx <= qx)) if self.past else True
+        return ((kx >= first) & (kx < first + self.c) & before) | ((ky == qy) & (kx == qx))
+
+    def key_sets(self):
+        columns = (self.c, self.block)
+        return SummaryInRow(*columns, self.past), EarlierRows(*columns) if self.past else OtherRows(*columns)
+
+
+@dataclass(frozen=True)
+class Fixed(Pattern):
+    """The row and the summaries."""
+
+    c: int
+    block: int
+    past: bool
+
+    @property
+    def causal(self):
+        return self.past
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        at = (qy, qx, ky, kx, grid)
+        return Row(self.past).allowed(*at) | Summary(self.c, self.block, self.past).allowed(*at)
+
+    def key_sets(self):
+        columns = (self.c, self.block)
+        if self.past:
+            return Rows(causal=True), EarlierRows(*columns)
+        return BesideSummary(*columns), AllRows(*columns)
+
+
+@dataclass(frozen=True)
+class Columns(KeySet):
+    """What has to do with the ``block``-th ``c`` columns from the right."""
+
+    c: int
+    block: int
+
+    def first(self, width):
+        """The first of the columns. A narrow grid has one block, and of a grid narrower than ``c`` all is summary."""
+        return max(0, width - self.c * (self.block % max(1, width // self.c) + 1))
+
+    def summary(self, x):
+        """The columns themselves, (b, H, c, d)."""
+        return x.narrow(2, self.first(x.shape[2]), min(self.c, x.shape[2]))
+
+    def is_summary(self, x, width):
+        return (x >= self.first(width)) & (x < self.first(width) + self.c)
+
+
+@dataclass(frozen=True)
+class BesideSummary(Columns):
+    """Every position with what is no summary in its row."""
+
+    def queries(self, x):
+        return x
+
+    def place(self, y, grid, fill=0.0):
+        return y
+
+    def mask(self, grid, device):
+        x = torch.arange(grid.width, device=device)
+        return ~self.is_summary(x, grid.width)[None, None]
+
+
+@dataclass(frozen=True)
+class SummaryInRow(BesideSummary):
+    """Every position with the summary in its row, as far as it comes before if ``past``, and with itself."""
+
+    past: bool
+
+    def mask(self, grid, device):
+        x = torch.arange(grid.width, device=device)
+        seen = self.is_summary(x, grid.width)[None].expand(grid.width, -1)
+        seen = seen.tril() if self.past else seen
+        return (seen | torch.eye(grid.width, dtype=torch.bool, device=device))[None]
+
+    def kept(self, grid):
+        return 1, 0, grid.width
+
+    def seen_from(self, y, x, grid):
+        first, last = self.first(grid.width), self.first(grid.width) + min(self.c, grid.width)
+        own = [] if first <= x < last else [(slice(y, y + 1), slice(x, x + 1))]
+        return [(slice(y, y + 1), slice(first, max(first, min(last, x + 1)))), *own]
+
+
+@dataclass(frozen=True)
+class AllRows(Columns):
+    """Every position with the summaries of all rows."""
+
+    def queries(self, x):
+        return Everything().queries(x)
+
+    def keys(self, x):
+        return Everything().queries(self.summary(x))
+
+    def place(self, y, grid, fill=0.0):
+        return Everything().place(y, grid)
+
+
+@dataclass(frozen=True)
+class OtherRows(AllRows):
+    """Every position with the summaries of all rows but its own."""
+
+    def mask(self, grid, device):
+        query, key = self.numbers(grid, device)
+        return (query // grid.width)[:, :, None] != (key // grid.width)[:, None, :]
+
+
+@dataclass(frozen=True)
+class EarlierRows(Columns):
+    """Every position below the first row with the summaries of all rows above."""
+
+    def queries(self, x):
+        return Everything().queries(x.narrow(1, 1, x.shape[1] - 1))
+
+    def keys(self, x):
+        return Everything().queries(self.summary(x.narrow(1, 0, x.shape[1] - 1)))
+
+    def place(self, y, grid, fill=0.0):
+        y = Everything().place(y, grid._replace(height=grid.height - 1))
+        return F.pad(y, (0, 0, 0, 0, 1, 0), value=fill)
+
+    def mask(self, grid, device):
+        query, key = self.numbers(grid, device)
+        return (query // grid.width)[:, :, None] > (key // grid.width)[:, None, :]
+
+    def kept(self, grid):
+        return grid.height, self.first(grid.width), min(self.c, grid.width)
+
+    def seen_from(self, y, x, grid):
+        first = self.first(grid.width)
+        return [(slice(0, y), slice(first, first + min(self.c, grid.width)))]
+
+    def parts(self, grid):
+        halves = [UpperHalf(self.c, self.block, NEAR * 2**i) for i in range(((grid.height - 1) // NEAR).bit_length())]
+        return WithinBlock(self.c, self.block, NEAR), *halves
+
+
+@dataclass(frozen=True)
+class WithinBlock(Columns):
+    """Blocks of ``rows``: every position with the summaries of the rows above it in its block."""
+
+    rows: int
+
+    def blocks(self, x):
+        """(b, blocks, rows, W, d), padded with zeros."""
+        return pad(x, 0, 0, 0, 0, 0, -x.shape[1] % self.rows).unflatten(1, (-1, self.rows))
+
+    def queries(self, x):
+        return self.blocks(x).flatten(2, 3)
+
+    def keys(self, x):
+        return self.blocks(self.summary(x)).flatten(2, 3)
+
+    def place(self, y, grid, fill=0.0):
+        return y.unflatten(2, (self.rows, -1)).flatten(1, 2).narrow(1, 0, grid.height)
+
+    def mask(self, grid, device):
+        row = torch.arange(self.rows, device=device)
+        query, key = row.repeat_interleave(grid.width), row.repeat_interleave(min(self.c, grid.width))
+        return (query[:, None] > key)[None]
+
+
+@dataclass(frozen=True)
+class UpperHalf(Columns):
+    """Rows in pairs of blocks of ``rows`` each: every position of a lower block with the summaries of its upper one.
+
+    Two rows in different blocks of `NEAR` are apart in exactly one halving, so pairs of NEAR, 2 NEAR, 4 NEAR … rows and
+    `WithinBlock` are together `EarlierRows`, with hardly a mask.
+    """
+
+    rows: int
+
+    def pairs(self, x):
+        """(b, pairs, 2, rows, W, d), as many pairs as have rows in the lower block; padded with zeros."""
+        pairs = (x.shape[1] + self.rows - 1) // (2 * self.rows)
+        x = pad(x, 0, 0, 0, 0, 0, 2 * self.rows * pairs - x.shape[1])  # or cut off, where there is no lower block
+        return x.unflatten(1, (pairs, 2, self.rows))
+
+    def queries(self, x):
+        return self.pairs(x)[:, :, 1].flatten(2, 3)
+
+    def keys(self, x):
+        return self.pairs(self.summary(x))[:, :, 0].flatten(2, 3)
+
+    def place(self, y, grid, fill=0.0):
+        y = F.pad(y.unflatten(2, (self.rows, -1)), (0, 0, 0, 0, self.rows, 0), value=fill).flatten(1, 2)
+        return F.pad(y, (0, 0, 0, 0, 0, grid.height - y.shape[1]), value=fill)
+
+
+class Block(PatternMixer):
+    """Fixed attention.
+
+    Args:
+        c: columns in a summary.
+        causal: only what comes before in raster order, and itself.
+        split_heads: half of the heads have the row, the others the summaries.
+        part: None for both, "local" or "summary" for one of them.
+        Others: those of `Mixer`.
+
+    Raises:
+        ValueError: ``part`` together with ``split_heads``, one head to split, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        c: int = 8,
+        causal: bool = False,
+        split_heads: bool = False,
+        part: str | None = None,
+        **mixer,
+    ):
+        check.positive_int("c", c)
+        check.boolean("causal", causal)
+        check.boolean("split_heads", split_heads)
+        check.one_of("part", part, (None, "local", "summary"))
+        if split_heads and part:
+            raise ValueError(f"part={part!r}: must be None with split_heads=True, which gives each part half the heads")
+
+        def pattern(block: int) -> Pattern:
+            return {None: Fixed(c, block, causal), "local": Row(causal), "summary": Summary(c, block, causal)}[part]
+
+        super().__init__(
+            PerHead((Row(causal), Summary(c, 0, causal))) if split_heads else pattern(0), dim, num_heads, **mixer
+        )
+        heads = self.num_heads
+        if split_heads:
+            rows = -(-heads // 2)
+            self.pattern = PerHead(
+                tuple(Row(causal) for _ in range(rows)) + tuple(Summary(c, i, causal) for i in range(heads - rows))
+            )
+        elif part != "local" and heads > 1:
+            self.pattern = PerHead(tuple(pattern(block) for block in range(heads)))

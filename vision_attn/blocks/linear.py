@@ -1,0 +1,75 @@
+"""Linear attention: the softmax gives way to a product of feature maps, which is summed up once for all pixels.
+
+Katharopoulos et al. 2020, Transformers are RNNs, https://arxiv.org/abs/2006.16236
+    A_i = Σ_j φ(q_i) · φ(k_j) v_j / Σ_j φ(q_i) · φ(k_j)    φ(x) = elu(x) + 1
+Cost: 2 N (d / heads + 1) d
+With ``causal=True`` the sums are over what comes before in raster order and the pixel itself: prefix sums in chunks,
+and pixel by pixel a recurrent state of d² numbers (``new_cache``, ``step``) that does not grow with the image.
+The order of positions does not matter otherwise; prefix tokens are ordinary and, if causal, come first of all.
+Deviations: no ε in the quotient, whose divisor is a sum of positive numbers. Sums are taken in at least float32.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .. import check
+from ..kernel import Recurrence, attend, attend_past, normalised, state, with_ones
+from ..mixer import Mixer
+
+
+def features(x):
+    """elu + 1: positive, in at least float32."""
+    return F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
+
+
+class Block(Mixer):
+    """Linear attention.
+
+    Args:
+        causal: only what comes before in raster order, and itself.
+        Others: those of `Mixer`, but ``scale`` and ``attn_drop``, which it has no use for.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, dim, num_heads=None, *, causal: bool = False, attn_drop: float = 0.0, **mixer):
+        check.boolean("causal", causal)
+        if attn_drop:
+            raise ValueError(
+                f"attn_drop={attn_drop!r}: must be 0: the matrix it would drop from is never made; use proj_drop"
+            )
+        if mixer.get("scale") is not None:
+            raise ValueError(f"scale={mixer['scale']!r}: must be None: no softmax depends on the scale of q · k")
+        super().__init__(dim, num_heads, **mixer)
+        self.causal = causal
+
+    def mix(self, q, k, v, grid):
+        phi_q, phi_k, values = features(q), features(k), with_ones(v.to(torch.promote_types(v.dtype, torch.float32)))
+        if not self.causal:
+            return normalised(attend(phi_q, phi_k, values)).to(v.dtype)
+        prefix = grid.prefix_of(q.shape[2])
+        (first_q, phi_q), (first_k, phi_k), (first, values) = (
+            t.split([prefix, grid.size], dim=2) for t in (phi_q, phi_k, values)
+        )
+        out = attend_past(phi_q, phi_k, values, state(first_k, first))
+        return normalised(torch.cat([attend(first_q, first_k, first), out], dim=2)).to(v.dtype)
+
+    def weights(self, q, k, grid):
+        products = torch.einsum(
+            "bnid,bnjd->bnij", torch.where(q > 0, q + 1, q.exp()), torch.where(k > 0, k + 1, k.exp())
+        )
+        if self.causal:
+            prefix = grid.prefix_of(q.shape[2])
+            place = torch.arange(q.shape[2], device=q.device).sub(prefix).clamp(min=-1)  # all prefix tokens come first
+            products = products * (place[:, None] >= place[None, :])
+        return products / products.sum(dim=-1, keepdim=True)
+
+    def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
+        if not self.causal:
+            return super().new_cache(batch, grid)
+        if full:
+            raise ValueError("full=True: the state is all that linear attention knows of the past")
+        weight, channels = self.qkv.weight, (self.key_dim // self.num_heads, self.dim // self.num_heads + 1)
+        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        return Recurrence(features, batch, self.num_heads, *channels, **factory)

@@ -1,0 +1,107 @@
+"""Strided attention: each pixel looks at its line of the raster, one row long, and at its own column.
+
+Child et al. 2019, Sparse Transformer, https://arxiv.org/abs/1904.10509
+    A_i = softmax over {i - l < j ≤ i} ∪ {j ≤ i : (i - j) mod l = 0} of q_i · k_j    raster order, l = W
+Cost: 2 N (2 W + H) d
+With ``causal=True`` as published: the band of the last W pixels, which is the row so far and the tail of the row above,
+and the column above. Without, both go both ways. One softmax over the union is the paper's "merged head";
+``split_heads=True`` gives the first half of the heads the band and the second half the column, as its third way;
+``part="local"`` and ``part="column"`` give a layer one of them, to be interleaved by the host.
+Deviations: the band has W pixels with the pixel itself (the paper's formula: W + 1; the last one is in the column).
+Without ``causal`` the pattern is our reading: the paper has none.
+
+>>> from vision_attn import Grid
+>>> print(Strided(past=True).draw(Grid(5, 7), 3, 2))
+--#----
+--#----
+--#####
+##@----
+-------
+>>> print(Strided(past=False).draw(Grid(5, 7), 3, 2))
+--#----
+--#----
+--#####
+##@####
+###----
+"""
+
+from dataclasses import dataclass
+
+from .. import check
+from ..key_set import AdjacentRows, Columns
+from ..mixer import PatternMixer
+from ..pattern import Column, Pattern, PerHead
+
+
+@dataclass(frozen=True)
+class Local(Pattern):
+    """Less than a row of pixels away in raster order, before or (not ``past``) after."""
+
+    past: bool
+
+    @property
+    def causal(self):
+        return self.past
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        behind = (qy * grid.width + qx) - (ky * grid.width + kx)
+        return (behind < grid.width) & (behind >= 0 if self.past else behind > -grid.width)
+
+    def key_sets(self):
+        return (Band(above=1, below=0 if self.past else 1),)
+
+
+@dataclass(frozen=True)
+class Strided(Pattern):
+    """The band and the column."""
+
+    past: bool
+
+    @property
+    def causal(self):
+        return self.past
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return Local(self.past).allowed(qy, qx, ky, kx, grid) | Column(self.past).allowed(qy, qx, ky, kx, grid)
+
+    def key_sets(self):
+        return *Local(self.past).key_sets(), Columns(with_self=False, causal=self.past)
+
+
+@dataclass(frozen=True)
+class Band(AdjacentRows):
+    """Keys that are less than a row away in raster order."""
+
+    def sees(self, dy, qx, kx, width):
+        if self.below:
+            return ((dy == -1) & (kx > qx)) | (dy == 0) | ((dy == 1) & (kx < qx))
+        return ((dy == -1) & (kx > qx)) | ((dy == 0) & (kx <= qx))
+
+    def seen_from(self, y, x, grid):
+        return [(slice(max(0, y - 1), y), slice(x + 1, grid.width)), (slice(y, y + 1), slice(0, x + 1))]
+
+
+class Block(PatternMixer):
+    """Strided attention.
+
+    Args:
+        causal: only what comes before in raster order, and itself.
+        split_heads: half of the heads have the band, the others the column.
+        part: None for both, "local" or "column" for one of them.
+        Others: those of `Mixer`.
+
+    Raises:
+        ValueError: ``part`` together with ``split_heads``, one head to split, or an argument out of range.
+    """
+
+    def __init__(
+        self, dim, num_heads=None, *, causal: bool = False, split_heads: bool = False, part: str | None = None, **mixer
+    ):
+        check.boolean("causal", causal)
+        check.boolean("split_heads", split_heads)
+        check.one_of("part", part, (None, "local", "column"))
+        if split_heads and part:
+            raise ValueError(f"part={part!r}: must be None with split_heads=True, which gives each part half the heads")
+        local, column = Local(causal), Column(causal)
+        pattern = PerHead((local, column)) if split_heads else {"local": local, "column": column}.get(part)
+        super().__init__(pattern or Strided(causal), dim, num_heads, **mixer)

@@ -1,0 +1,44 @@
+"""Window attention: each pixel looks at the window around it, cut off at the border.
+
+Ramachandran et al. 2019, SASA; Hassani et al. 2023, NATTEN, https://arxiv.org/abs/1906.05909
+    A_u = softmax over {v : |row(v) - row(u)| ≤ r and |col(v) - col(u)| ≤ r} of q_u · k_v d^-½
+Cost: 2 N k² d
+Here k = 2 r + 1 is ``kernel_size``. With ``causal=True`` the part of the window that comes before in raster order, and
+the pixel itself. A causal window alone never hears what is far to the right in the rows just above, at any depth.
+Deviations: at the border the window is cut off (SASA pads with zeros that are attended to; NATTEN moves the window
+inwards). There are no relative positions (both have some).
+
+>>> from vision_attn import Grid
+>>> print(Window(radius=(1, 2), past=False).draw(Grid(4, 7), 2, 1))
+-------
+####---
+#@##---
+####---
+>>> print(Window(radius=(1, 2), past=True).draw(Grid(4, 7), 2, 1))
+-------
+####---
+#@-----
+-------
+"""
+
+from .. import check
+from ..mixer import PatternMixer
+from ..pattern import Window
+
+
+class Block(PatternMixer):
+    """Window attention.
+
+    Args:
+        kernel_size: pixels in the window, one odd integer or (height, width).
+        causal: only what comes before in raster order, and itself.
+        Others: those of `Mixer`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, dim, num_heads=None, *, kernel_size: int | tuple[int, int] = 7, causal: bool = False, **mixer):
+        check.boolean("causal", causal)
+        radius = tuple((size - 1) // 2 for size in check.odd_pair("kernel_size", kernel_size))
+        super().__init__(Window(radius, past=causal), dim, num_heads, **mixer)

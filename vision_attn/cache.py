@@ -1,0 +1,118 @@
+"""Keys and values kept while an image is made pixel by pixel, no more than the pattern will look at again.
+
+Each key set of a causal pattern keeps its own rows and columns of the past (``kept``) and reads from them what the next
+pixel sees (``seen_from``): slices, not masks. A step then costs what the pattern looks at, not the whole past.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from .grid import Grid
+from .key_set import Everything, KeySet
+from .pattern import Pattern
+
+
+class Store:
+    """Keys and values that one key set keeps: the last rows of its columns, each (B, heads, rows, columns, d)."""
+
+    def __init__(self, keys: KeySet, grid: Grid, *shape: int, dims: tuple[int, int], device=None, dtype=None):
+        self.keys, self.grid = keys, grid
+        self.rows, self.first, self.columns = keys.kept(grid)
+        shape = (*shape, self.rows, self.columns)
+        self.past = [torch.zeros(*shape, dim, device=device, dtype=dtype) for dim in dims]
+
+    def put(self, y: int, x: int, entries: list[Float[Tensor, "B heads d"]]) -> None:
+        if 0 <= x - self.first < self.columns:
+            for past, entry in zip(self.past, entries):
+                past[:, :, y % self.rows, x - self.first] = entry
+
+    def read(self, y: int, x: int) -> list[list[Float[Tensor, "B heads keys d"]]]:
+        """Keys and values that the pixel at (y, x) sees, in pieces; views where they can be."""
+        pieces = []
+        for rows, columns in self.keys.seen_from(y, x, self.grid):
+            columns = slice(columns.start - self.first, columns.stop - self.first, columns.step)
+            if self.rows < self.grid.height:  # rows come round, and their order does not matter
+                rows = [row % self.rows for row in range(rows.start, rows.stop, rows.step or 1)]
+            pieces.append([past[:, :, rows, columns].flatten(2, 3) for past in self.past])
+        return pieces
+
+
+class Whole(Store):
+    """All of the past, of which the pixel at (y, x) sees what ``pattern`` allows; ``masked``: or is shown all of it."""
+
+    def __init__(self, pattern: Pattern, masked: bool, *args, **options):
+        super().__init__(Everything(), *args, **options)
+        self.pattern, self.masked = pattern, masked
+
+    def read(self, y, x):
+        last = y * self.grid.width + x + 1
+        past = [past.flatten(2, 3)[:, :, :last] for past in self.past]
+        if self.masked:
+            return [past]
+        seen = self.mask(y, x).nonzero()[:, 0]
+        return [past if len(seen) == last else [entries[:, :, seen] for entries in past]]
+
+    def mask(self, y, x):
+        place = torch.arange(y * self.grid.width + x + 1, device=self.past[0].device)
+        ones = torch.ones_like(place, dtype=torch.bool)
+        return ones & self.pattern.allowed(y, x, place // self.grid.width, place % self.grid.width, self.grid)
+
+
+class PatternCache:
+    """The past of one mixer.
+
+    Args:
+        pattern: causal.
+        batch, heads: number of images, and of heads of the mixer.
+        grid: of the image that is made.
+        dims: channels of a head's keys and values.
+        scale: factor on q · k.
+        full: keep the whole past, read all of it and mask what the pattern does not allow.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        batch: int,
+        heads: int,
+        grid: Grid,
+        dims: tuple[int, int],
+        scale: float,
+        full: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        self.grid, self.scale, self.full = grid, scale, full
+        self.shares, self.stores = pattern.shares(heads), []
+        for part, share in zip(pattern.by_head(), self.shares):
+            options = dict(dims=dims, device=device, dtype=dtype)
+            sets = part.key_sets()
+            if full or any(type(keys).seen_from is KeySet.seen_from for keys in sets):
+                self.stores.append([Whole(part, full, grid, batch, share, **options)])
+            else:
+                self.stores.append([Store(keys, grid, batch, share, **options) for keys in sets])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept, in bytes."""
+        return sum(past.nbytes for stores in self.stores for store in stores for past in store.past)
+
+    def step(
+        self, q: Float[Tensor, "B heads d"], k: Float[Tensor, "B heads d"], v: Float[Tensor, "B heads d"], place: int
+    ) -> Float[Tensor, "B heads d"]:
+        """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
+        y, x = divmod(place, self.grid.width)
+        outs = []
+        for stores, query, *entries in zip(self.stores, *(t.split(self.shares, dim=1) for t in (q, k, v))):
+            if not query.shape[1]:
+                continue
+            for store in stores:
+                store.put(y, x, entries)
+            pieces = [piece for store in stores for piece in store.read(y, x)]
+            keys, values = pieces[0] if len(pieces) == 1 else (torch.cat(some, dim=2) for some in zip(*pieces))
+            mask = stores[0].mask(y, x)[None] if self.full else None
+            out = F.scaled_dot_product_attention(query[:, :, None], keys, values, attn_mask=mask, scale=self.scale)
+            outs.append(out[:, :, 0])
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

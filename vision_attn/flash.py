@@ -1,0 +1,153 @@
+"""Flash attention over several key sets under one softmax: each set's flash call, merged by log-sum-exp.
+
+A query that meets key sets s with outputs o_s and log-sum-exps l_s has
+    l = log Σ_s exp l_s        o = Σ_s exp(l_s - l) o_s
+and the gradient of the merged softmax is, set by set, what flash's own backward gives for the merged o and l (the
+identity that ring attention uses, Liu et al. 2023, https://arxiv.org/abs/2310.01889). Between forward and backward
+only queries, keys, values, o and l are kept; every set adds its part to one output and to one gradient of each.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .grid import Grid
+from .key_set import Everything, KeySet
+
+aten = torch.ops.aten
+
+
+class Cpu:
+    """The flash kernel of torch on a CPU, in float64 or float32: half precision would round every set's output."""
+
+    @staticmethod
+    def forward(q, k, v, mask, causal, scale):
+        """Output (b, groups, queries, d) and log-sum-exp (b, groups, queries)."""
+        q, k, v, mask = map(_wide, (q, k, v, mask))
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+
+    @staticmethod
+    def backward(slope, q, k, v, out, lse, mask, causal, scale):
+        """Gradients of q, k and v."""
+        slope, q, k, v, out, mask = map(_wide, (slope, q, k, v, out, mask))
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            slope, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+class Before(Everything):
+    """Every position with the keys that all see, which are no part of the grid."""
+
+
+def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | None:
+    """The kernel that takes these tensors and tells the log-sum-exp; None where there is none, and in traced graphs."""
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return None
+    fits = q.shape[-1] == v.shape[-1] and q.numel() > 0
+    return Cpu if fits and q.device.type == "cpu" else None
+
+
+def merged(
+    kernel: type[Cpu],
+    sets: list[KeySet],
+    masks: list[Tensor | None],
+    grid: Grid,
+    scale: float,
+    q: Float[Tensor, "b H W d"],
+    k: Float[Tensor, "b H W d"],
+    v: Float[Tensor, "b H W d"],
+    k_before: Float[Tensor, "b 1 P d"],
+    v_before: Float[Tensor, "b 1 P d"],
+) -> Float[Tensor, "b H W d"]:
+    """Attention of the grid's positions over disjoint key sets and over P ≥ 0 keys that all see.
+
+    Args:
+        kernel: see `kernel_for`.
+        sets: disjoint key sets; together they have every position as a query.
+        masks: additive mask (1, #groups, #queries, keys) of each set, or None.
+        grid: of the positions.
+        scale: factor on q · k.
+        q, k, v: of the positions.
+        k_before, v_before: of the keys that all see.
+    """
+    sets, masks = [*sets, Before()], [*masks, None]
+    out, _ = Merged.apply(kernel, sets, masks, grid, scale, q, k, v, k_before, v_before)
+    return out
+
+
+class Merged(torch.autograd.Function):
+    """Merges the sets' flash calls; each backward call gets the merged output and log-sum-exp."""
+
+    @staticmethod
+    def forward(kernel, sets, masks, grid, scale, q, k, v, k_before, v_before):
+        parts, wide = [], torch.promote_types(q.dtype, torch.float32)
+        for keys, mask in zip(sets, masks):
+            folded = _folded(keys, q, k, v, k_before, v_before)
+            if folded[0].numel() and folded[1].numel():
+                out, lse = kernel.forward(*folded, _expanded(mask, folded[0]), keys.causal, scale)
+                parts.append((keys, out, lse[..., None]))
+        total = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts]).logsumexp(dim=0)
+        merged = q.new_zeros(q.shape, dtype=wide)
+        for keys, out, lse in parts:
+            _add(keys.queries, merged, out * (lse - keys.queries(total)).exp())
+        return merged.to(q.dtype), total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.kernel, ctx.sets, masks, _, ctx.scale, *tensors = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*masks, *tensors, *output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope, _):
+        masks, (*tensors, out, total) = ctx.saved_tensors[: len(ctx.sets)], ctx.saved_tensors[len(ctx.sets) :]
+        wide = torch.promote_types(out.dtype, torch.float32)
+        slopes = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in tensors]
+        for keys, mask in zip(ctx.sets, masks):
+            q, k, v = _folded(keys, *tensors)
+            if q.numel() and k.numel():
+                given = (_dense_rows(keys.queries(t)) for t in (slope, out, total))
+                slope_here, out_here, lse = given
+                parts = ctx.kernel.backward(
+                    slope_here, q, k, v, out_here, lse[..., 0], _expanded(mask, q), keys.causal, ctx.scale
+                )
+                _add(keys.queries, slopes[0], parts[0])
+                for whole, before, part in zip(slopes[1:3], slopes[3:], parts[1:]):
+                    if isinstance(keys, Before):
+                        before += part
+                    else:
+                        _add(keys.keys, whole, part)
+        return None, None, None, None, None, *(slope.to(out.dtype) for slope in slopes)
+
+
+def _folded(keys, q, k, v, k_before, v_before):
+    """Queries, keys and values of a set, as the kernel reads them: right only where channels lie side by side."""
+    folded = (k_before, v_before) if isinstance(keys, Before) else (keys.keys(k), keys.keys(v))
+    return tuple(_dense_rows(t) for t in (keys.queries(q), *folded))
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _expanded(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
+
+
+def _add(fold: Callable[[Tensor], Tensor], whole: Tensor, part: Tensor) -> None:
+    """Adds to ``whole`` what ``fold`` takes each entry of ``part`` from: the adjoint of ``fold``, in place."""
+    target = fold(whole)
+    if target.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+        target += part
+        return
+    with torch.enable_grad():  # the fold copies: autograd knows its adjoint
+        entries = torch.zeros_like(whole, requires_grad=True)
+        target = fold(entries)
+    whole += torch.autograd.grad(target, entries, part.to(target.dtype))[0]

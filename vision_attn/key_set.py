@@ -1,0 +1,330 @@
+"""Key sets: reshapes of the grid into groups, in which queries meet the keys they may see.
+
+A pattern is computed from a few disjoint key sets. Each is one call of flash attention: on views where rows, columns
+or the whole grid are folded, on one copy where tiles are cut or rows are joined.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from .grid import Grid
+
+
+def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
+    """`torch.nn.functional.pad`, but a view where there is nothing to pad (and the size is not traced)."""
+    return F.pad(x, amounts, value=fill) if torch.compiler.is_compiling() or any(amounts) else x
+
+
+class KeySet:
+    """Groups of queries and keys of the grid, in which every query sees every key that ``mask`` lets through.
+
+    A query is in one group or in none, a key may be in several. With ``causal`` a query sees the keys up to its own
+    index in the group, and there is no mask.
+    """
+
+    causal = False
+
+    def queries(self, x: Shaped[Tensor, "b H W d"]) -> Shaped[Tensor, "b groups queries d"]:
+        """The queries of each group, padded with zeros where the grid does not divide."""
+        raise NotImplementedError
+
+    def keys(self, x: Shaped[Tensor, "b H W d"]) -> Shaped[Tensor, "b groups keys d"]:
+        """The keys of each group, padded with zeros. A view where it can be."""
+        return self.queries(x)
+
+    def place(
+        self, y: Shaped[Tensor, "b groups queries d"], grid: Grid, fill: float = 0.0
+    ) -> Shaped[Tensor, "b H W d"]:
+        """The inverse of ``queries``: padding is dropped, and positions without a query get ``fill``."""
+        raise NotImplementedError
+
+    def mask(self, grid: Grid, device) -> Bool[Tensor, "#groups #queries keys"] | None:
+        """Which keys of its group a query sees; None: all of them."""
+        return None
+
+    def parts(self, grid: Grid) -> tuple["KeySet", ...]:
+        """The same pairs as smaller key sets that need no mask, where that is cheaper for a grid of known size."""
+        return (self,)
+
+    def kept(self, grid: Grid) -> tuple[int, int, int]:
+        """What later queries of a causal set may still see: number of last rows, first column, number of columns."""
+        return grid.height, 0, grid.width
+
+    def seen_from(self, y: int, x: int, grid: Grid) -> list[tuple[slice, slice]]:
+        """What the query at (y, x) of a causal set sees, as disjoint (rows, columns) of the grid."""
+        raise NotImplementedError
+
+    def numbers(self, grid: Grid, device) -> tuple[Int[Tensor, "groups queries"], Int[Tensor, "groups keys"]]:
+        """Raster index of each query and of each key; -1 is padding."""
+        number = torch.arange(1, grid.size + 1, device=device).reshape(1, grid.height, grid.width, 1)
+        return tuple(fold(number)[0, :, :, 0] - 1 for fold in (self.queries, self.keys))
+
+
+@dataclass(frozen=True)
+class Only(KeySet):
+    """The pairs of a key set that a pattern allows or, with ``allow=False``, does not allow."""
+
+    whole: KeySet
+    pattern: Any
+    allow: bool = True
+
+    def queries(self, x):
+        return self.whole.queries(x)
+
+    def keys(self, x):
+        return self.whole.keys(x)
+
+    def place(self, y, grid, fill=0.0):
+        return self.whole.place(y, grid, fill)
+
+    def mask(self, grid, device):
+        query, key = self.whole.numbers(grid, device)
+        query, key = query[:, :, None], key[:, None, :]
+        at = (query // grid.width, query % grid.width, key // grid.width, key % grid.width)
+        seen = (key >= 0) & (self.pattern.allowed(*at, grid) == self.allow)
+        if self.whole.causal:
+            seen = seen & torch.ones(seen.shape[1:], dtype=torch.bool, device=device).tril()
+        whole = self.whole.mask(grid, device)
+        return seen if whole is None else seen & whole
+
+
+@dataclass(frozen=True)
+class Everything(KeySet):
+    """Every position with every position: one group."""
+
+    causal: bool = False
+
+    def queries(self, x):
+        return rearrange(x, "b H W d -> b 1 (H W) d")
+
+    def place(self, y, grid, fill=0.0):
+        return rearrange(y, "b 1 (H W) d -> b H W d", H=grid.height, W=grid.width)
+
+
+@dataclass(frozen=True)
+class Rows(KeySet):
+    """Every position with its own row. A view, no copy."""
+
+    causal: bool = False
+
+    def queries(self, x):
+        return x
+
+    def place(self, y, grid, fill=0.0):
+        return y
+
+    def kept(self, grid):
+        return 1, 0, grid.width
+
+    def seen_from(self, y, x, grid):
+        return [(slice(y, y + 1), slice(0, x + 1))]
+
+
+@dataclass(frozen=True)
+class Columns(KeySet):
+    """Every position with its own column, with or without itself. A view, no copy."""
+
+    with_self: bool = True
+    causal: bool = False
+
+    @property
+    def above(self) -> bool:
+        return self.causal and not self.with_self
+
+    def queries(self, x):
+        return (x.narrow(1, 1, x.shape[1] - 1) if self.above else x).transpose(1, 2)
+
+    def keys(self, x):
+        return (x.narrow(1, 0, x.shape[1] - 1) if self.above else x).transpose(1, 2)
+
+    def place(self, y, grid, fill=0.0):
+        y = y.transpose(1, 2)
+        return F.pad(y, (0, 0, 0, 0, 1, 0), value=fill) if self.above else y
+
+    def mask(self, grid, device):
+        if self.with_self or self.causal:
+            return None
+        y = torch.arange(grid.height, device=device)
+        return (y[:, None] != y[None, :])[None]
+
+    def seen_from(self, y, x, grid):
+        return [(slice(0, y + self.with_self), slice(x, x + 1))]
+
+
+@dataclass(frozen=True)
+class Tiles(KeySet):
+    """The grid cut into tiles of ``tile`` = (height, width) positions, padded at the bottom and right.
+
+    With ``across=False`` a group is one tile of adjacent positions (a window); with ``across=True`` it is the
+    positions that hold the same place in every tile (a dilated grid).
+    """
+
+    tile: tuple[int, int]
+    across: bool = False
+
+    @property
+    def axes(self) -> tuple[str, str]:
+        return ("(py px)", "(y x)") if self.across else ("(y x)", "(py px)")
+
+    def sizes(self, height: int, width: int) -> dict[str, int]:
+        """Tiles down (y) and across (x), and positions in one (py, px)."""
+        py, px = self.tile
+        return dict(y=(height + py - 1) // py, x=(width + px - 1) // px, py=py, px=px)
+
+    def queries(self, x):
+        height, width = x.shape[1:3]
+        n, (groups, members) = self.sizes(height, width), self.axes
+        x = pad(x, 0, 0, 0, n["x"] * n["px"] - width, 0, n["y"] * n["py"] - height)
+        return rearrange(x, f"b (y py) (x px) d -> b {groups} {members} d", **n)
+
+    def place(self, y, grid, fill=0.0):
+        n, (groups, members) = self.sizes(*grid), self.axes
+        y = rearrange(y, f"b {groups} {members} d -> b (y py) (x px) d", **n)
+        # not a slice, whose size is a new unknown to torch.export
+        return y.narrow(1, 0, grid.height).narrow(2, 0, grid.width)
+
+    def mask(self, grid, device):
+        _, key = self.numbers(grid, device)
+        return (key >= 0)[:, None]
+
+
+@dataclass(frozen=True)
+class AdjacentRows(KeySet):
+    """Every position with its own row, ``above`` rows before it and ``below`` after it, as far as ``sees`` says."""
+
+    above: int
+    below: int
+
+    def sees(self, dy, qx, kx, width: int):
+        """Whether the query in column qx sees the key in column kx, dy rows further down."""
+        raise NotImplementedError
+
+    def queries(self, x):
+        return x
+
+    def keys(self, x):
+        padded = F.pad(x, (0, 0, 0, 0, self.above, self.below))
+        return torch.cat([padded.narrow(1, i, x.shape[1]) for i in range(self.above + 1 + self.below)], dim=2)
+
+    def place(self, y, grid, fill=0.0):
+        return y
+
+    def mask(self, grid, device):
+        y, x = (torch.arange(n, device=device) for n in grid)
+        dy = torch.arange(-self.above, self.below + 1, device=device)[:, None]
+        inside = (y[:, None, None] + dy >= 0) & (y[:, None, None] + dy < grid.height)  # (H, rows, 1)
+        seen = self.sees(dy, x[:, None, None], x, grid.width)  # (W, rows, W)
+        return (inside[:, None] & seen).flatten(2)
+
+    def kept(self, grid):
+        return min(grid.height, self.above + 1), 0, grid.width
+
+
+@dataclass(frozen=True)
+class Neighbours(KeySet):
+    """Every position with the window around it: ``radius`` = (down, right) steps of ``dilation`` = (down, right).
+
+    The grid is cut into tiles of ``tile`` × ``tile`` queries, each with the keys of its tile and of a rim around it.
+    ``past``: only what comes before in raster order, and itself.
+    """
+
+    radius: tuple[int, int]
+    dilation: tuple[int, int] = (1, 1)
+    past: bool = False
+    tile: int = 8
+
+    def sizes(self, height: int, width: int) -> dict[str, int]:
+        """Tiles down (y) and across (x), queries in one (p), and steps between neighbours (sy, sx)."""
+        sy, sx = self.dilation
+        y, x = ((n + self.tile * s - 1) // (self.tile * s) for n, s in ((height, sy), (width, sx)))
+        return dict(y=y, x=x, sy=sy, sx=sx)
+
+    def padded(self, x):
+        """A grid for each of the sy · sx places that the dilation does not mix, padded to whole tiles."""
+        height, width = x.shape[1:3]
+        n = self.sizes(height, width)
+        down, right = n["y"] * self.tile * n["sy"] - height, n["x"] * self.tile * n["sx"] - width
+        return rearrange(
+            pad(x, 0, 0, 0, right, 0, down), "b (Y sy) (X sx) d -> b (sy sx) Y X d", sy=n["sy"], sx=n["sx"]
+        )
+
+    def queries(self, x):
+        p = self.tile
+        return rearrange(self.padded(x), "b s (y p) (x q) d -> b (s y x) (p q) d", p=p, q=p)
+
+    def keys(self, x):
+        (ry, rx), p = self.radius, self.tile
+        below = 0 if self.past else ry
+        x = F.pad(self.padded(x), (0, 0, rx, rx, ry, below))
+        x = x.unfold(2, p + ry + below, p).unfold(3, p + 2 * rx, p)  # b s y x d ky kx
+        return rearrange(x, "b s y x d ky kx -> b (s y x) (ky kx) d")
+
+    def place(self, y, grid, fill=0.0):
+        n = self.sizes(*grid)
+        y = rearrange(y, "b (sy sx y x) (p q) d -> b (y p sy) (x q sx) d", p=self.tile, q=self.tile, **n)
+        return y.narrow(1, 0, grid.height).narrow(2, 0, grid.width)
+
+    def mask(self, grid, device):
+        (ry, rx), p = self.radius, self.tile
+        query = torch.arange(p, device=device)
+        dy = torch.arange(-ry, p + (0 if self.past else ry), device=device) - query[:, None]  # (p, ky)
+        dx = torch.arange(-rx, p + rx, device=device) - query[:, None]  # (q, kx)
+        dy, dx = dy[:, None, :, None], dx[None, :, None, :]
+        seen = (dy.abs() <= ry) & (dx.abs() <= rx)
+        if self.past:
+            seen = seen & ((dy < 0) | ((dy == 0) & (dx <= 0)))
+        _, key = self.numbers(grid, device)
+        return (key >= 0)[:, None] & rearrange(seen, "p q ky kx -> (p q) (ky kx)")
+
+    def kept(self, grid):
+        return min(grid.height, self.radius[0] * self.dilation[0] + 1), 0, grid.width
+
+    def seen_from(self, y, x, grid):
+        (ry, rx), (sy, sx) = self.radius, self.dilation
+        above, left = min(ry, y // sy) * sy, min(rx, x // sx) * sx
+        return [
+            (slice(y - above, y, sy), slice(x - left, min(grid.width, x + rx * sx + 1), sx)),
+            (slice(y, y + 1), slice(x - left, x + 1, sx)),
+        ]
+
+
+@dataclass(frozen=True)
+class SeenByAll(KeySet):
+    """Every position with the first ``tokens``."""
+
+    tokens: int
+
+    def first(self, x):
+        return Everything().queries(x).narrow(2, 0, torch.sym_min(self.tokens, x.shape[1] * x.shape[2]))
+
+    def queries(self, x):
+        return Everything().queries(x)
+
+    def keys(self, x):
+        return self.first(x)
+
+    def place(self, y, grid, fill=0.0):
+        return Everything().place(y, grid)
+
+
+@dataclass(frozen=True)
+class SeesAll(SeenByAll):
+    """The first ``tokens`` positions with all the others."""
+
+    def queries(self, x):
+        return self.first(x)
+
+    def keys(self, x):
+        return Everything().queries(x)
+
+    def place(self, y, grid, fill=0.0):
+        return Everything().place(pad(y, 0, 0, 0, grid.size - y.shape[2], fill=fill), grid)
+
+    def mask(self, grid, device):
+        return (torch.arange(grid.size, device=device) >= self.tokens)[None, None]
