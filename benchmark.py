@@ -1,29 +1,36 @@
-"""Time every mixer's fast path beside its definition and beside dense SDPA, in one run, and write the ratios.
+"""Time and memory of every mixer beside dense attention, with and without the pattern as a mask, all in one run.
 
     python benchmark.py
-    python benchmark.py --sizes '[[32, 32], [64, 64]]' --device cuda
+    python benchmark.py --blocks '[criss_cross, {name: strided, causal: true}]' --sizes '[[64, 64], [128, 128]]'
+    python benchmark.py --device cuda
 
-Times are minima over interleaved repeats. Machines are noisy: trust the ratios, not the milliseconds.
+For each block and size, forward and forward + backward ("step"): milliseconds (minimum over interleaved repeats), peak
+memory of a step beyond the inputs, floating-point operations of a forward. Dense is torch's attention without a mask
+(of a causal block: with `is_causal`); masked is the same with the block's pattern as a boolean mask. Machines are
+noisy: trust the ratios. Writes a CSV, and a plot of time and memory against the number of pixels with fitted exponents.
 """
 
 import csv
 import datetime
 import itertools
+import math
+import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jsonargparse import auto_cli
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from vision_attn import Grid, create_block, describe, list_blocks
 
-DEFINITION_LIMIT = 32 * 32  # positions; beyond, the N×N matrix of the definition is not worth its memory
 
-
-def clock(call: Callable[[], None], device: str) -> float:
+def clock(call: Callable[[], object], device: str) -> float:
     """Milliseconds of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -34,78 +41,163 @@ def clock(call: Callable[[], None], device: str) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def attention_calls(block: str, heads: int, dim: int, grid: Grid, device: str) -> dict[str, Callable[[], None]]:
-    """Fast path and definition, forward and forward + backward; of a block of several steps, all of them."""
-    steps = create_block(block, dim, num_heads=heads, device=device).steps
-    q, k, v = (torch.randn(1, heads, grid.size, dim // heads, device=device, requires_grad=True) for _ in range(3))
+def peak_memory(call: Callable[[], object], device: str) -> float:
+    """MiB that tensors take at most during one call, beyond what there was before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events)) / 2**20
 
-    def run(attend, backward: bool):
-        for step in steps:
-            with torch.set_grad_enabled(backward):
-                out = attend(step)
-            if backward:
-                out.sum().backward()
 
-    def fast(step):
-        return step.mix(q, k, v, grid)
-
-    def definition(step):
-        return step.weights(q, k, grid) @ v
-
-    calls = {"forward": lambda: run(fast, False), "step": lambda: run(fast, True)}
-    if grid.size <= DEFINITION_LIMIT:
-        calls |= {
-            "definition forward": lambda: run(definition, False),
-            "definition step": lambda: run(definition, True),
-        }
+def calls_of(
+    steps: list, heads: int, channels: int, grid: Grid, device: str, dtype: torch.dtype, masked: bool
+) -> dict[str, Callable]:
+    """Attention of all steps of a block by each route: its own, dense and masked."""
+    q, k, v = (
+        torch.randn(1, heads, grid.size, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+    calls = {
+        "block": lambda: [step.mix(q, k, v, grid) for step in steps],
+        "dense": lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=is_causal(step)) for step in steps],
+    }
+    if masked:
+        masks = [step.pattern.head_masks(heads, grid, device=device) for step in steps]
+        masks = [mask[0] if (mask == mask[:1]).all() else mask for mask in masks]
+        calls["masked"] = lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in masks]
     return calls
 
 
+def is_causal(step) -> bool:
+    return step.pattern.causal if hasattr(step, "pattern") else getattr(step, "causal", False)
+
+
+def forward(call: Callable) -> Callable[[], None]:
+    def run():
+        with torch.no_grad():
+            call()
+
+    return run
+
+
+def step(call: Callable) -> Callable[[], None]:
+    return lambda: sum(out.sum() for out in call()).backward()
+
+
+def measure(
+    block: str | dict, grid: Grid, heads: int, channels: int, repeats: int, device: str, dtype, masked_limit: int
+) -> dict:
+    """One row of the table."""
+    name, options = (
+        (block, {}) if isinstance(block, str) else (block["name"], {k: block[k] for k in block if k != "name"})
+    )
+    made = create_block(name, heads * channels, num_heads=heads, **options).to(device, dtype)
+    masked = grid.size <= masked_limit and all(hasattr(step, "pattern") for step in made.steps)
+    calls = calls_of(made.steps, heads, channels, grid, device, dtype, masked)
+    timed = {(route, kind.__name__): kind(call) for route, call in calls.items() for kind in (forward, step)}
+    best = dict.fromkeys(timed, math.inf)
+    for _, key in itertools.product(range(repeats), timed):
+        best[key] = min(best[key], clock(timed[key], device))
+    row = dict(
+        block=name, options=" ".join(f"{k}={v}" for k, v in options.items()), height=grid.height, width=grid.width
+    )
+    for kind in ("forward", "step"):
+        row[f"{kind} ms"] = f"{best['block', kind]:.2f}"
+        for other in ("dense", "masked"):
+            ms = best.get((other, kind))
+            row[f"{kind}: {other} / block"] = f"{ms / best['block', kind]:.2f}" if ms else "not run"
+    for route in ("block", "dense", "masked"):
+        row[f"{route} MiB"] = f"{peak_memory(step(calls[route]), device):.1f}" if route in calls else "not run"
+    for route in ("block", "dense"):
+        with FlopCounterMode(display=False) as counter:
+            forward(calls[route])()
+        row[f"{route} GFLOP"] = f"{counter.get_total_flops() / 1e9:.3f}"
+    return row
+
+
+def exponent(sizes: list[float], values: list[float]) -> float:
+    """The slope of a straight line through log values against log sizes."""
+    x, y = (torch.tensor(some).double().log() for some in (sizes, values))
+    return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+
+
+def label(row: dict) -> str:
+    return f"{row['block']} {row['options']}".strip()
+
+
+def plot(rows: list[dict], target: Path) -> None:
+    """Time and memory of a step against the number of pixels, both logarithmic, with exponents in the legends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    for axis, column, unit in zip(
+        axes, ("step ms", "block MiB"), ("forward + backward, ms", "peak memory of a step, MiB")
+    ):
+        for name in dict.fromkeys(map(label, rows)):
+            some = [row for row in rows if label(row) == name]
+            sizes, values = [row["height"] * row["width"] for row in some], [float(row[column]) for row in some]
+            grows = f" ~ N^{exponent(sizes, values):.2f}" if len(some) > 1 else ""
+            axis.plot(sizes, values, marker="o", markersize=3, label=name + grows)
+        axis.set(xscale="log", yscale="log", xlabel="pixels N", ylabel=unit)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.savefig(target, dpi=120)
+
+
 def benchmark(
+    blocks: list[str | dict] | None = None,
     sizes: tuple[tuple[int, int], ...] = ((16, 16), (32, 32), (64, 64)),
-    dim: int = 256,
-    heads: int = 8,
+    heads: int = 4,
+    channels: int = 64,
     repeats: int = 5,
     device: str = "cpu",
+    dtype: str = "float32",
     threads: int = 1,
+    masked_limit: int = 128 * 128,
     path: str | None = None,
 ) -> None:
-    """Writes a CSV of times and ratios.
+    """Writes a CSV of times, memory and operations, and a plot beside it.
 
     Args:
+        blocks: names, or maps of "name" and options. null: all mixers, and all that can be causal as such.
         sizes: grids, (height, width).
-        dim, heads: of the blocks; batch is 1.
+        heads: of the blocks; batch is 1.
+        channels: of a head.
         repeats: timed calls of each kind; the fastest counts.
         device: cpu or cuda.
+        dtype: float32, bfloat16, float16 or float64.
         threads: CPU threads.
+        masked_limit: positions up to which the N×N mask is tried.
         path: of the CSV; null names it by device, torch version and date under results/.
     """
+    warnings.simplefilter("ignore")  # of blind spots, which are no matter of speed
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    if blocks is None:
+        mixers = [describe(name) for name in list_blocks() if describe(name).kind == "mixer"]
+        blocks = [mixer.name for mixer in mixers] + [dict(name=m.name, causal=True) for m in mixers if m.causal]
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu{threads}"
     stamp = f"{where.replace(' ', '-')}-torch{torch.__version__.split('+')[0]}-{datetime.date.today()}"
     target = Path(path or f"results/{stamp}-mixers.csv")
-    rows, mixers = [], [name for name in list_blocks() if describe(name).kind == "mixer"]
-    for size in tqdm(sizes, unit=" sizes"):
-        grid = Grid(*size)
-        calls = {name: attention_calls(name, heads, dim, grid, device) for name in mixers}
-        best = {(name, kind): float("inf") for name in mixers for kind in calls[name]}
-        for _, (name, kind) in itertools.product(range(repeats), best):
-            best[name, kind] = min(best[name, kind], clock(calls[name][kind], device))
-        for name in mixers:
-            row = dict(block=name, height=grid.height, width=grid.width)
-            for kind in ("forward", "step"):
-                ms, definition = best[name, kind], best.get((name, f"definition {kind}"))
-                row[f"{kind} ms"] = f"{ms:.3f}"
-                row[f"{kind}: dense / block"] = f"{best['dense', kind] / ms:.2f}"
-                row[f"{kind}: definition / block"] = f"{definition / ms:.2f}" if definition else "not run"
-            rows.append(row)
+    rows = [
+        measure(block, Grid(*size), heads, channels, repeats, device, getattr(torch, dtype), masked_limit)
+        for size, block in tqdm(list(itertools.product(sizes, blocks)), unit=" rows")
+    ]
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "w", newline="", encoding="utf-8") as file:
-        file.write(f"# python benchmark.py --dim {dim} --heads {heads} --repeats {repeats} --threads {threads}\n")
+        file.write(f"# python {shlex.join(sys.argv)}\n")
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    plot(rows, target.with_suffix(".png"))
     print(target)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import backbones  # noqa: F401  registers the named models
 from training import checkpoint
+from vision_attn import describe, list_blocks
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,10 +101,35 @@ def test_what_cannot_be_drawn_is_said(trained, tmp_path, capsys, more, said):
 
 
 def test_benchmark_writes_ratios(tmp_path):
-    path = tmp_path / "out" / "mixers.csv"
-    script("benchmark")["benchmark"](sizes=((3, 5),), dim=64, heads=2, repeats=1, path=str(path))
+    path, run = tmp_path / "out" / "mixers.csv", script("benchmark")
+    run["benchmark"](sizes=((3, 5), (7, 5)), heads=4, channels=8, repeats=1, path=str(path), masked_limit=20)
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("# python benchmark.py")
-    rows = {row["block"]: row for row in csv.DictReader(lines[1:])}
-    assert float(rows["dense"]["step: dense / block"]) == 1
-    assert all(float(row["forward ms"]) > 0 for row in rows.values())
+    assert lines[0].startswith("# python ")
+    rows = list(csv.DictReader(lines[1:]))
+    mixers = [describe(name) for name in list_blocks() if describe(name).kind == "mixer"]
+    assert len(rows) == 2 * (len(mixers) + sum(mixer.causal for mixer in mixers))
+    for row in rows:
+        measured = [value for name, value in row.items() if " " in name and value != "not run"]
+        assert len(measured) >= 8 and all(float(value) >= 0 for value in measured)
+        masked = row["height"] == "3" and row["block"] not in ("linear", "efficient")
+        assert (row["step: masked / block"] == "not run") != masked
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_benchmark_fits_exponents():
+    exponent = script("benchmark")["exponent"]
+    assert exponent([1, 10, 1000], [7, 70, 7000]) == pytest.approx(1)
+    assert exponent([2, 3, 5], [4 * 3, 9 * 3, 25 * 3]) == pytest.approx(2)
+
+
+def test_benchmark_counts_what_is_held_at_once():
+    """Two tensors of 1 MiB at a time, three in all."""
+    peak_memory = script("benchmark")["peak_memory"]
+
+    def call():
+        one = torch.ones(2**18)
+        two = one + 1
+        del one
+        return two + 1
+
+    assert peak_memory(call, "cpu") == pytest.approx(2, rel=0.01)

@@ -7,8 +7,6 @@ identity that ring attention uses, Liu et al. 2023, https://arxiv.org/abs/2310.0
 only queries, keys, values, o and l are kept; every set adds its part to one output and to one gradient of each.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -95,7 +93,7 @@ class Merged(torch.autograd.Function):
         total = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts]).logsumexp(dim=0)
         merged = q.new_zeros(q.shape, dtype=wide)
         for keys, out, lse in parts:
-            _add(keys.queries, merged, out * (lse - keys.queries(total)).exp())
+            keys.add_queries(merged, out * (lse - keys.queries(total)).exp())
         return merged.to(q.dtype), total
 
     @staticmethod
@@ -118,12 +116,12 @@ class Merged(torch.autograd.Function):
                 parts = ctx.kernel.backward(
                     slope_here, q, k, v, out_here, lse[..., 0], _expanded(mask, q), keys.causal, ctx.scale
                 )
-                _add(keys.queries, slopes[0], parts[0])
+                keys.add_queries(slopes[0], parts[0])
                 for whole, before, part in zip(slopes[1:3], slopes[3:], parts[1:]):
                     if isinstance(keys, Before):
                         before += part
                     else:
-                        _add(keys.keys, whole, part)
+                        keys.add_keys(whole, part)
         return None, None, None, None, None, *(slope.to(out.dtype) for slope in slopes)
 
 
@@ -139,15 +137,3 @@ def _dense_rows(t: Tensor) -> Tensor:
 
 def _expanded(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
-
-
-def _add(fold: Callable[[Tensor], Tensor], whole: Tensor, part: Tensor) -> None:
-    """Adds to ``whole`` what ``fold`` takes each entry of ``part`` from: the adjoint of ``fold``, in place."""
-    target = fold(whole)
-    if target.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
-        target += part
-        return
-    with torch.enable_grad():  # the fold copies: autograd knows its adjoint
-        entries = torch.zeros_like(whole, requires_grad=True)
-        target = fold(entries)
-    whole += torch.autograd.grad(target, entries, part.to(target.dtype))[0]

@@ -4,13 +4,14 @@ A pattern is computed from a few disjoint key sets. Each is one call of flash at
 or the whole grid are folded, on one copy where tiles are cut or rows are joined.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .grid import Grid
@@ -19,6 +20,17 @@ from .grid import Grid
 def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
     """`torch.nn.functional.pad`, but a view where there is nothing to pad (and the size is not traced)."""
     return F.pad(x, amounts, value=fill) if torch.compiler.is_compiling() or any(amounts) else x
+
+
+def _add(fold: Callable[[Tensor], Tensor], whole: Tensor, part: Tensor) -> None:
+    target = fold(whole)
+    if target.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+        target += part
+        return
+    with torch.enable_grad():  # the fold copies: autograd knows its adjoint
+        entries = torch.zeros_like(whole, requires_grad=True)
+        target = fold(entries)
+    whole += torch.autograd.grad(target, entries, part.to(target.dtype))[0]
 
 
 class KeySet:
@@ -52,6 +64,14 @@ class KeySet:
         """The same pairs as smaller key sets that need no mask, where that is cheaper for a grid of known size."""
         return (self,)
 
+    def add_queries(self, whole: Float[Tensor, "b H W d"], part: Float[Tensor, "b groups queries d"]) -> None:
+        """Adds each entry of ``part`` where `queries` takes it from: the adjoint of `queries`, in place."""
+        _add(self.queries, whole, part)
+
+    def add_keys(self, whole: Float[Tensor, "b H W d"], part: Float[Tensor, "b groups keys d"]) -> None:
+        """The adjoint of `keys`, in place."""
+        _add(self.keys, whole, part)
+
     def kept(self, grid: Grid) -> tuple[int, int, int]:
         """What later queries of a causal set may still see: number of last rows, first column, number of columns."""
         return grid.height, 0, grid.width
@@ -84,10 +104,11 @@ class Only(KeySet):
         return self.whole.place(y, grid, fill)
 
     def mask(self, grid, device):
-        query, key = self.whole.numbers(grid, device)
-        query, key = query[:, :, None], key[:, None, :]
-        at = (query // grid.width, query % grid.width, key // grid.width, key % grid.width)
-        seen = (key >= 0) & (self.pattern.allowed(*at, grid) == self.allow)
+        y, x = (torch.arange(1, n + 1, device=device) for n in grid)
+        places = y[None, :, None, None].expand(1, *grid, 1), x[None, None, :, None].expand(1, *grid, 1)
+        qy, qx = (self.whole.queries(place)[0] - 1 for place in places)  # (groups, queries, 1)
+        ky, kx = (self.whole.keys(place)[0].mT - 1 for place in places)  # (groups, 1, keys); padding is -1
+        seen = (ky >= 0) & (self.pattern.allowed(qy, qx, ky, kx, grid) == self.allow)
         if self.whole.causal:
             seen = seen & torch.ones(seen.shape[1:], dtype=torch.bool, device=device).tril()
         whole = self.whole.mask(grid, device)
@@ -211,6 +232,14 @@ class AdjacentRows(KeySet):
     def keys(self, x):
         padded = F.pad(x, (0, 0, 0, 0, self.above, self.below))
         return torch.cat([padded.narrow(1, i, x.shape[1]) for i in range(self.above + 1 + self.below)], dim=2)
+
+    def add_keys(self, whole, part):
+        height, width = whole.shape[1:3]
+        for i, dy in enumerate(range(-self.above, self.below + 1)):
+            rows = height - abs(dy)
+            if rows > 0:
+                there = part[:, max(0, -dy) : max(0, -dy) + rows, i * width : (i + 1) * width]
+                whole[:, max(0, dy) : max(0, dy) + rows] += there
 
     def place(self, y, grid, fill=0.0):
         return y

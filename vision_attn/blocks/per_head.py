@@ -29,8 +29,10 @@ three are the common set of local, strided and global masks. Global heads also s
 
 from dataclasses import dataclass
 
+import torch
+
 from .. import check
-from ..key_set import Tiles
+from ..key_set import Rows, Tiles
 from ..mixer import PatternMixer
 from ..pattern import Global, Past, Pattern, PerHead, Window
 
@@ -46,6 +48,24 @@ class Lattice(Pattern):
 
     def key_sets(self):
         return (Tiles(self.stride, across=True),)
+
+
+@dataclass(frozen=True)
+class Own(Pattern):
+    """The position itself."""
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (qy == ky) & (qx == kx)
+
+    def key_sets(self):
+        return (Itself(),)
+
+
+class Itself(Rows):
+    """Every position with itself, out of its row."""
+
+    def mask(self, grid, device):
+        return torch.eye(grid.width, dtype=torch.bool, device=device)[None]
 
 
 class Block(PatternMixer):
@@ -81,7 +101,7 @@ class Block(PatternMixer):
         known = {
             "local": Window(radius),
             "strided": Lattice(check.pair("stride", stride)),
-            "global": Global(tokens) | Window((0, 0)),
+            "global": Global(tokens) | Own(),
         }
         if not isinstance(patterns, (tuple, list)) or not patterns or any(name not in known for name in patterns):
             raise ValueError(f"patterns={patterns!r}: must be a list of {', '.join(map(repr, known))}")
