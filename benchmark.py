@@ -56,16 +56,15 @@ def peak_memory(call: Callable[[], object], device: str) -> float:
 
 
 def calls_of(
-    steps: list, heads: int, channels: int, grid: Grid, device: str, dtype: torch.dtype, masked: bool
+    steps: list, heads: int, channels: int, grid: Grid, device: str, dtype: torch.dtype, dense: bool, masked: bool
 ) -> dict[str, Callable]:
-    """Attention of all steps of a block by each route: its own, dense and masked."""
+    """Attention of all steps of a block by each route: its own and, if asked for, dense and masked."""
     q, k, v = (
         torch.randn(1, heads, grid.size, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
-    calls = {
-        "block": lambda: [step.mix(q, k, v, grid) for step in steps],
-        "dense": lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=is_causal(step)) for step in steps],
-    }
+    calls = {"block": lambda: [step.mix(q, k, v, grid) for step in steps]}
+    if dense:
+        calls["dense"] = lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=is_causal(step)) for step in steps]
     if masked:
         masks = [step.pattern.head_masks(heads, grid, device=device) for step in steps]
         masks = [mask[0] if (mask == mask[:1]).all() else mask for mask in masks]
@@ -90,15 +89,16 @@ def step(call: Callable) -> Callable[[], None]:
 
 
 def measure(
-    block: str | dict, grid: Grid, heads: int, channels: int, repeats: int, device: str, dtype, masked_limit: int
+    block: str | dict, grid: Grid, heads: int, channels: int, repeats: int, device: str, dtype, dense_limit: int
 ) -> dict:
     """One row of the table."""
     name, options = (
         (block, {}) if isinstance(block, str) else (block["name"], {k: block[k] for k in block if k != "name"})
     )
     made = create_block(name, heads * channels, num_heads=heads, **options).to(device, dtype)
-    masked = grid.size <= masked_limit and all(hasattr(step, "pattern") for step in made.steps)
-    calls = calls_of(made.steps, heads, channels, grid, device, dtype, masked)
+    dense = grid.size <= dense_limit
+    masked = dense and all(hasattr(step, "pattern") for step in made.steps)
+    calls = calls_of(made.steps, heads, channels, grid, device, dtype, dense, masked)
     timed = {(route, kind.__name__): kind(call) for route, call in calls.items() for kind in (forward, step)}
     best = dict.fromkeys(timed, math.inf)
     for _, key in itertools.product(range(repeats), timed):
@@ -115,8 +115,8 @@ def measure(
         row[f"{route} MiB"] = f"{peak_memory(step(calls[route]), device):.1f}" if route in calls else "not run"
     for route in ("block", "dense"):
         with FlopCounterMode(display=False) as counter:
-            forward(calls[route])()
-        row[f"{route} GFLOP"] = f"{counter.get_total_flops() / 1e9:.3f}"
+            forward(calls.get(route, list))()
+        row[f"{route} GFLOP"] = f"{counter.get_total_flops() / 1e9:.3f}" if route in calls else "not run"
     return row
 
 
@@ -161,7 +161,7 @@ def benchmark(
     device: str = "cpu",
     dtype: str = "float32",
     threads: int = 1,
-    masked_limit: int = 128 * 128,
+    dense_limit: int = 128 * 128,
     path: str | None = None,
 ) -> None:
     """Writes a CSV of times, memory and operations, and a plot beside it.
@@ -175,7 +175,7 @@ def benchmark(
         device: cpu or cuda.
         dtype: float32, bfloat16, float16 or float64.
         threads: CPU threads.
-        masked_limit: positions up to which the N×N mask is tried.
+        dense_limit: positions up to which dense attention is timed beside, with and without the N×N mask.
         path: of the CSV; null names it by device, torch version and date under results/.
     """
     warnings.simplefilter("ignore")  # of blind spots, which are no matter of speed
@@ -188,7 +188,7 @@ def benchmark(
     stamp = f"{where.replace(' ', '-')}-torch{torch.__version__.split('+')[0]}-{datetime.date.today()}"
     target = Path(path or f"results/{stamp}-mixers.csv")
     rows = [
-        measure(block, Grid(*size), heads, channels, repeats, device, getattr(torch, dtype), masked_limit)
+        measure(block, Grid(*size), heads, channels, repeats, device, getattr(torch, dtype), dense_limit)
         for size, block in tqdm(list(itertools.product(sizes, blocks)), unit=" rows")
     ]
     target.parent.mkdir(parents=True, exist_ok=True)

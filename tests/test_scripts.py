@@ -102,7 +102,7 @@ def test_what_cannot_be_drawn_is_said(trained, tmp_path, capsys, more, said):
 
 def test_benchmark_writes_ratios(tmp_path):
     path, run = tmp_path / "out" / "mixers.csv", script("benchmark")
-    run["benchmark"](sizes=((3, 5), (7, 5)), heads=4, channels=8, repeats=1, path=str(path), masked_limit=20)
+    run["benchmark"](sizes=((3, 5), (7, 5)), heads=4, channels=8, repeats=1, path=str(path), dense_limit=20)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# python ")
     rows = list(csv.DictReader(lines[1:]))

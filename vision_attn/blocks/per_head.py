@@ -103,7 +103,7 @@ class Block(PatternMixer):
             "strided": Lattice(check.pair("stride", stride)),
             "global": Global(tokens) | Own(),
         }
-        if not isinstance(patterns, (tuple, list)) or not patterns or any(name not in known for name in patterns):
+        if not isinstance(patterns, (tuple, list)) or not patterns or not all(n in list(known) for n in patterns):
             raise ValueError(f"patterns={patterns!r}: must be a list of {', '.join(map(repr, known))}")
         pattern = PerHead(tuple(known[name] for name in patterns))
         super().__init__(pattern & Past() if causal else pattern, dim, num_heads, **mixer)
