@@ -110,7 +110,7 @@ def test_benchmark_writes_ratios(tmp_path):
     assert len(rows) == 2 * (len(mixers) + sum(mixer.causal for mixer in mixers))
     for row in rows:
         measured = [value for name, value in row.items() if " " in name and value != "not run"]
-        assert len(measured) >= 8 and all(float(value) >= 0 for value in measured)
+        assert len(measured) >= 4 and all(float(value) >= 0 for value in measured)
         masked = row["height"] == "3" and row["block"] not in ("linear", "efficient")
         assert (row["step: masked / block"] == "not run") != masked
     assert path.with_suffix(".png").stat().st_size > 1000
