@@ -1,11 +1,12 @@
 # make demo   trains, exports and looks at a small model on real images; no download of data
+# make pixels trains a pixel-by-pixel model of digits, and draws some with it
 # make test   the test suite;  make test-all  also what is long
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 DEMO := runs/digits
 
-.PHONY: install demo test test-all lint docs clean
+.PHONY: install demo pixels test test-all lint docs clean
 
 install: $(INSTALLED)
 
@@ -19,6 +20,9 @@ demo: install
 	$(BIN)/python train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml --output $(DEMO)
 	$(BIN)/python export_onnx.py --checkpoint $(DEMO)/best.pt --path $(DEMO)/model.onnx
 	$(BIN)/python show_attention.py --checkpoint $(DEMO)/best.pt --path $(DEMO)/attention.png
+
+pixels: install
+	$(BIN)/python train_pixels.py --config configs/digits_pixels.yaml --output runs/pixels
 
 test: install
 	$(BIN)/python -m pytest -m 'not slow'

@@ -10,7 +10,6 @@ accuracy stayed below target_top1; 2: bad input, with one line that says what.
 """
 
 import dataclasses
-import difflib
 import sys
 import time
 from pathlib import Path
@@ -19,19 +18,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, resolve_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch.utils.data import IterableDataset
 
 import backbones  # noqa: F401  registers the named models
 from training import checkpoint
 from training.config import Config, parse
 from training.datasets import create_datasets
-from training.engine import State, current_lr, evaluate, train_one_epoch
+from training.engine import current_lr, evaluate, train_one_epoch
 from training.loader import Batches, Samples, StreamSamples
 from training.log import CsvLog
 from training.seeding import seed_all
+from training.setup import create_model, create_state, find_device
 from training.transforms import eval_transform, train_transform
 
 
@@ -144,7 +141,9 @@ class Training(Run):
         self.val_batches = self.create_val_batches(data)
 
         self.loss_fn = create_loss(config, model, len(self.class_names))
-        self.state = create_state(config, model, self.train_batches.num_batches // config.optim.accumulate)
+        self.state = create_state(
+            config.optim, model, config.epochs, self.train_batches.num_batches // config.optim.accumulate
+        )
         self.epoch, self.best = 0, float("-inf")
         if saved:
             self.restore(saved)
@@ -238,17 +237,6 @@ class Training(Run):
         )
 
 
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
-        raise ValueError(f"device must be auto or a torch device that is there, got {name!r}: {reason}") from error
-    return torch.device(name)
-
-
 def complete_model_args(config: Config, num_classes: int, in_chans: int) -> dict:
     """The arguments of timm.create_model: those of the configuration, and what follows from the data."""
     args = {"num_classes": num_classes, "in_chans": in_chans} | config.model.args
@@ -259,15 +247,6 @@ def complete_model_args(config: Config, num_classes: int, in_chans: int) -> dict
     if config.data.img_size and published and published.fixed_input_size:
         args.setdefault("img_size", config.data.img_size)
     return args
-
-
-def create_model(name: str, args: dict, pretrained: bool = False) -> torch.nn.Module:
-    try:
-        return timm.create_model(name, pretrained=pretrained, **args)
-    except (RuntimeError, TypeError, ValueError) as error:
-        similar = [] if timm.is_model(name) else difflib.get_close_matches(name, timm.list_models(), 3)
-        hint = f"; similar names: {', '.join(similar)}" if similar else ""
-        raise ValueError(f"model {name} {args}: {first_line(error)}{hint}") from error
 
 
 def resolve_data(config: Config, model: torch.nn.Module, in_chans: int) -> dict:
@@ -290,29 +269,6 @@ def resolve_data(config: Config, model: torch.nn.Module, in_chans: int) -> dict:
     return resolved
 
 
-def create_state(config: Config, model: torch.nn.Module, steps_per_epoch: int) -> State:
-    optim = config.optim
-    try:
-        optimizer = create_optimizer_v2(
-            model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum, **optim.args
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"optim.name {optim.name}, optim.args {optim.args}: {first_line(error)}") from error
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        "cosine",
-        num_epochs=config.epochs,
-        warmup_epochs=optim.warmup_epochs,
-        warmup_lr=optim.lr / 100,
-        min_lr=optim.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    scheduler.step_update(0)
-    ema = ModelEmaV3(model, decay=optim.ema, use_warmup=True) if optim.ema is not None else None
-    return State(model, optimizer, scheduler, ema)
-
-
 def create_loss(config: Config, model: torch.nn.Module, num_classes: int):
     """The loss of a batch (images, targets): cross-entropy, with mixup, cutmix and label smoothing as configured."""
     augment = config.augment
@@ -328,10 +284,6 @@ def create_loss(config: Config, model: torch.nn.Module, num_classes: int):
             return F.cross_entropy(model(images).float(), targets, label_smoothing=augment.label_smoothing)
 
     return loss_fn
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

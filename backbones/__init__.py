@@ -4,10 +4,13 @@ from . import cifar_resnet, attn_resnet, attn_vit  # isort: skip: the stock mode
 from .export import ExportError, export_onnx
 from .insert import Report, insert, replace
 from .maps import attention_maps, draw_maps
+from .pixel import PixelTransformer, TwoStreamPixelTransformer
 
 __all__ = [
     "ExportError",
+    "PixelTransformer",
     "Report",
+    "TwoStreamPixelTransformer",
     "attention_maps",
     "attn_resnet",
     "attn_vit",

@@ -210,19 +210,19 @@ class Config:
             raise ValueError("resume and eval exclude each other")
 
 
-def parse(description: str, argv: list[str] | None = None) -> Config:
-    """The configuration of the command line `argv` (default: this process's), on top of any --config FILE in it.
+def parse(description: str, argv: list[str] | None = None, kind: type = Config):
+    """The `kind` of the command line `argv` (default: this process's), on top of any --config FILE in it.
 
     Exits with code 2 and one line that names it for an unknown name, a wrong type or a bad value.
     """
     parser = ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(kind)
     namespace = parser.parse_args(argv)
     try:
         values = parser.instantiate(namespace)
         values.pop("config")
-        return Config(**vars(values))
+        return kind(**vars(values))
     except ValueError as error:
         sys.exit(_exit_line(error))
 

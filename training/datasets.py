@@ -17,18 +17,26 @@ class Digits(Dataset):
     """The 1,797 handwritten digits of scikit-learn, 8×8, enlarged bicubically to 32×32; needs no download.
 
     A fixed stratified split, `train_test_split(test_size=360, random_state=0)`: 1,437 images to train, 360 to test.
+
+    Args:
+        train: the images to train on, or those to test on.
+        raw: leave them as they are, 8×8 with integers in 0..16 as pixels.
     """
 
     classes = [str(digit) for digit in range(10)]
 
-    def __init__(self, train: bool):
+    def __init__(self, train: bool, raw: bool = False):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
         pixels, labels = load_digits(return_X_y=True)
         indices = train_test_split(np.arange(len(labels)), stratify=labels, **DIGITS_SPLIT)[0 if train else 1]
-        small = np.round(pixels[indices].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self.images = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in small]
+        pixels = pixels[indices].reshape(-1, 8, 8)
+        if raw:
+            self.images = [Image.fromarray(image) for image in pixels.astype(np.uint8)]
+        else:
+            small = np.round(pixels * (255 / 16)).astype(np.uint8)
+            self.images = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in small]
         self.targets = labels[indices].tolist()
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:

@@ -92,11 +92,11 @@ def cycle_reach(patterns: Patterns[Pattern], grid: Grid) -> Bool[Tensor, "positi
 
 def blind_spot(patterns: Patterns[Pattern], grid: Grid = Grid(6, 7)) -> int:
     """Number of past pairs of positions (each with itself counted) that no depth of this cycle of layers connects."""
-    once = heard = cycle_reach(patterns, grid)
-    for _ in range(grid.size.bit_length()):
-        heard = (heard.float() @ heard.float()) > 0
-    past = torch.ones_like(once).tril()
-    return int((past & ~heard).sum())
+    with torch.device("cpu"):  # also where a model is built on the meta device
+        heard = cycle_reach(patterns, grid)
+        for _ in range(grid.size.bit_length()):
+            heard = (heard.float() @ heard.float()) > 0
+        return int((torch.ones_like(heard).tril() & ~heard).sum())
 
 
 # Compositions

@@ -1,0 +1,568 @@
+"""Pixel-autoregressive transformers: images as integers in raster order, each predicted from all before it.
+
+Child et al. 2019, Sparse Transformer, https://arxiv.org/abs/1904.10509
+    p(image) = Π_i softmax(f(values before i)) over rows, columns, channels; position (y, x, c) is (y, x·C + c) of
+    Grid(H, W·C). The input at i is the embedding of value i - 1 (at the first: a learned start) plus learned embeddings
+    of row, column and channel of i. Pre-norm blocks x + attn(LN x), x + mlp(LN x); GELU x·σ(1.702 x).
+Ho et al. 2019, Axial Transformer, https://arxiv.org/abs/1912.12180: see `TwoStreamPixelTransformer`.
+
+Initialisation as published: weights N(0, 0.125 / fan-in), those that end a residual branch times (2 · depth)^-½;
+standard deviation 0.125 · dim^-½ of value embeddings and 0.125 · (3 · dim)^-½ of each of the three position embeddings;
+logits and biases 0.
+Deviations: the published CIFAR-10 model splits heads between *layers* (three local, one column); the named models split
+the heads of each layer, which gave the best bits per dimension on digits.
+"""
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Mlp, get_act_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from vision_attn import Grid, Mixer, check, create_block
+from vision_attn.mixer import softmax_over
+from vision_attn.pattern import BlindSpot, blind_spot
+
+__all__ = ["PixelTransformer", "TwoStreamPixelTransformer"]
+
+STRIDED = {"name": "strided", "split_heads": True}
+
+
+class ResidualBlock(nn.Module):
+    """x + attn(norm x), then x + mlp(norm x), with dropout at the end of both branches.
+
+    Args:
+        attn: a causal mixer.
+        mlp_ratio: hidden channels of the MLP, as a multiple of the mixer's ``dim``.
+        drop_rate: of the dropout.
+    """
+
+    def __init__(self, attn: Mixer, mlp_ratio: float = 4.0, drop_rate: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.norm1 = nn.LayerNorm(attn.dim, **dd)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(attn.dim, **dd)
+        self.mlp = Mlp(attn.dim, int(mlp_ratio * attn.dim), act_layer=get_act_layer("quick_gelu"), **dd)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, H·W, dim) → (B, H·W, dim)."""
+        x = x + self.drop(self.attn(self.norm1(x), grid))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+    def step(self, x: Tensor, place: int, cache) -> Tensor:
+        """The token (B, dim) at raster index ``place``, after all before it went through ``cache``."""
+        x = x + self.drop(self.attn.step(self.norm1(x), place, cache))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class PixelModel(nn.Module):
+    """What pixel models share: embeddings, head, likelihood and sampling. A subclass has ``logits``, ``predictor``
+    and an initialisation of its blocks.
+
+    Args:
+        img_size: height and width, or one integer for both.
+        in_chans: channels C of the image.
+        levels: number of values; images hold integers in 0 … levels - 1.
+        dim: channels of the tokens.
+
+    Raises:
+        ValueError: an argument is out of range; it is named with its value.
+    """
+
+    caches = (None,)  # what generate's cache may be
+
+    def __init__(self, img_size, in_chans: int, levels: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.img_size = check.pair("img_size", img_size)
+        check.positive_int("in_chans", in_chans)
+        check.positive_int("levels", levels)
+        check.positive_int("dim", dim)
+        height, width = self.img_size
+        self.in_chans, self.levels, self.dim = in_chans, levels, dim
+        self.num_classes, self.num_features = levels, dim  # timm's names
+        self.grid = Grid(height, width * in_chans)
+        self.grad_checkpointing = False
+        self.value = nn.Embedding(levels, dim, **dd)
+        self.start = nn.Parameter(torch.empty(dim, **dd))
+        self.row = nn.Parameter(torch.empty(height, dim, **dd))
+        self.column = nn.Parameter(torch.empty(width, dim, **dd))
+        self.channel = nn.Parameter(torch.empty(in_chans, dim, **dd))
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.head = nn.Linear(dim, levels, **dd)
+
+    def init_weights(self) -> None:
+        """The paper's initialisation: see the top of the file. Parameters a mixer has beside its projections stay."""
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        for linear in (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)):
+            nn.init.normal_(linear.weight, std=math.sqrt(0.125 / linear.in_features))
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        with torch.no_grad():
+            for last in (last for block in blocks for last in (block.mlp.fc2, *(m.proj for m in block.attn.steps))):
+                last.weight.mul_((2 * len(blocks)) ** -0.5)
+        for embedding in (self.value.weight, self.start):
+            nn.init.normal_(embedding, std=0.125 * self.dim**-0.5)
+        for embedding in (self.row, self.column, self.channel):
+            nn.init.normal_(embedding, std=0.125 * (3 * self.dim) ** -0.5)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each block in the backward pass: memory for a second forward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Embeddings: the optimizer leaves them undecayed, as it does biases and norms."""
+        return {"value.weight", "start", "row", "column", "channel"}
+
+    def values(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) of integers → their values in raster order (B, H·W·C), int64.
+
+        Raises:
+            ValueError: another shape, not integers, or a value outside 0 … levels - 1.
+        """
+        shape = (self.in_chans, *self.img_size)
+        if images.ndim != 4 or images.shape[1:] != shape:
+            raise ValueError(f"images of shape {tuple(images.shape)}: must be (B, C, H, W) with (C, H, W) = {shape}")
+        if images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
+            raise ValueError(f"images of {images.dtype}: must be integers in 0..{self.levels - 1}")
+        values = rearrange(images.long(), "B C H W -> B (H W C)")
+        if not torch.compiler.is_compiling() and values.numel():  # a compiled graph would break here
+            least, most = (n.item() for n in values.aminmax())
+            if least < 0 or most >= self.levels:
+                raise ValueError(f"images with values {least}..{most}: must be integers in 0..{self.levels - 1}")
+        return values
+
+    def images(self, values: Tensor) -> Tensor:
+        """The inverse of `values`."""
+        height, width = self.img_size
+        return rearrange(values, "B (H W C) -> B C H W", H=height, W=width)
+
+    def positions(self) -> Tensor:
+        """What each place is, (H, W·C, dim): the sum of its row, column and channel embeddings."""
+        place = self.row[:, None, None] + self.column[None, :, None] + self.channel
+        return place.flatten(1, 2)
+
+    def run(self, blocks: nn.ModuleList, x: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, H·W, dim) through ``blocks``, recomputed in the backward pass where that is set."""
+        for block in blocks:
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, grid, use_reentrant=False) if recompute else block(x, grid)
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) of integers → logits (B, H·W·C, levels) of each value, given all before it.
+
+        Raises:
+            ValueError: as `values`.
+        """
+        return self.logits(self.values(images))
+
+    def logits(self, values: Tensor) -> Tensor:
+        """Values (B, H·W·C) in raster order → logits (B, H·W·C, levels)."""
+        raise NotImplementedError(f"{type(self).__name__} has no logits")
+
+    def bits_per_dim(self, images: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the values of images (B, C, H, W), in bits; a scalar that has a gradient."""
+        logits = self(images).float()
+        return F.cross_entropy(logits.flatten(0, 1), self.values(images).flatten()) / math.log(2)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        start: int | Tensor,
+        rows: int = 0,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        cache: str | None = "pattern",
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draws images, or completes the lower part of given ones. Runs in eval mode.
+
+        Args:
+            start: how many images to draw, or images (B, C, H, W) of integers to complete.
+            rows: of given images, how many rows from the top are kept, 0 … H.
+            temperature: divides the logits; below 1 prefers what is likely.
+            top_k: draw from the k likeliest values only. None: from all.
+            cache: "pattern" keeps what later places can still see, "full" all keys and values; None recomputes
+                everything for every value, the slow definition.
+            generator: of the draws; on the model's device.
+            progress: show a progress bar.
+
+        Returns:
+            Images (B, C, H, W), int64.
+
+        Raises:
+            ValueError: an argument is out of range; it is named with its value.
+
+        Cost: H·W·C steps one after the other; with ``cache=None`` each is a forward pass over the whole image.
+        """
+        check.positive("temperature", temperature)
+        if top_k is not None:
+            check.one_of("top_k", top_k, range(1, self.levels + 1))
+        check.one_of("cache", cache, self.caches)
+        if isinstance(start, Tensor):
+            check.one_of("rows", rows, range(self.img_size[0] + 1))
+            values = self.values(start.to(self.start.device)).clone()  # of one channel they are a view of the images
+        else:
+            check.positive_int("start", start)
+            check.one_of("rows", rows, (0,))
+            values = torch.zeros(start, self.grid.size, dtype=torch.long, device=self.start.device)
+        first = rows * self.grid.width
+        values[:, first:] = 0
+
+        was_training = self.training
+        self.eval()
+        try:
+            predict = self.predictor(values, first, cache)
+            for place in tqdm(range(first, self.grid.size), unit=" values", leave=False, disable=not progress):
+                logits, levels = (predict(place).float() / temperature).topk(top_k or self.levels)
+                drawn = logits.softmax(dim=-1).multinomial(1, generator=generator)
+                values[:, place] = levels.gather(1, drawn)[:, 0]
+        finally:
+            self.train(was_training)
+        return self.images(values)
+
+    def predictor(self, values: Tensor, first: int, cache: str | None):
+        """A function from a place to the logits (B, levels) of its value, to be called for first, first + 1, … in turn.
+
+        Args:
+            values: (B, H·W·C); the caller fills in each value before it asks for the next place.
+            first: the beginning of a row.
+            cache: one of ``caches``.
+        """
+        return lambda place: self.logits(values)[:, place]
+
+
+class PixelTransformer(PixelModel):
+    """A stack of causal blocks of the zoo over all values of an image.
+
+    Args:
+        img_size: height and width, or one integer for both.
+        in_chans: channels C of the image.
+        levels: number of values; images hold integers in 0 … levels - 1.
+        dim: channels of the tokens.
+        depth: layers.
+        num_heads: heads of each; divides ``dim``.
+        blocks: a causal block by name; or a dict of its name and options, {"name": "strided", "part": "local"}; or a
+            list of these that the layers cycle through.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of ``dim``.
+        drop_rate: dropout at the end of each residual branch.
+
+    Raises:
+        ValueError: an argument is out of range; a block is unknown or can't be causal.
+        TypeError: an option the block does not have.
+
+    Warns:
+        BlindSpot: some of the past stays unseen at any depth.
+
+    Cost: that of the blocks for H × (W·C) tokens.
+    """
+
+    caches = ("pattern", "full", None)
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 8,
+        in_chans: int = 1,
+        levels: int = 17,
+        dim: int = 64,
+        depth: int = 4,
+        num_heads: int = 4,
+        blocks: str | dict | list[str | dict] = STRIDED,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = dict(device=device, dtype=dtype)
+        super().__init__(img_size, in_chans, levels, dim, **dd)
+        check.positive_int("depth", depth)
+        check.positive("mlp_ratio", mlp_ratio)
+        check.rate("drop_rate", drop_rate)
+        mixers = create_cycle(blocks, depth, dim, num_heads=num_heads, **dd)
+        self.blocks = nn.ModuleList(ResidualBlock(mixer, mlp_ratio, drop_rate, **dd) for mixer in mixers)
+        self.init_weights()
+
+    def logits(self, values: Tensor) -> Tensor:
+        """Values (B, H·W·C) in raster order → logits (B, H·W·C, levels)."""
+        start = self.start.expand(len(values), 1, -1)
+        x = torch.cat([start, self.value(values[:, :-1])], dim=1) + self.positions().flatten(0, 1)
+        return self.head(self.norm(self.run(self.blocks, x, self.grid)))
+
+    def new_caches(self, batch: int, full: bool = False) -> list:
+        """One empty cache for each block, for ``batch`` images; ``full`` keeps all keys and values."""
+        more = dict(full=True) if full else {}
+        like = dict(device=self.start.device, dtype=self.start.dtype)
+        return [block.attn.new_cache(batch, self.grid, **like, **more) for block in self.blocks]
+
+    def step(self, value: Tensor, place: int, caches: list) -> Tensor:
+        """Logits (B, levels) of the value at raster index ``place``, after `step` was called for all places before it.
+
+        Args:
+            value: (B,), that of the place before; at place 0 only its length matters.
+            place: 0 … H·W·C - 1.
+            caches: those of `new_caches`.
+        """
+        pixel, channel = divmod(place, self.in_chans)
+        y, x = divmod(pixel, self.img_size[1])
+        token = self.value(value) if place else self.start.expand(len(value), -1)
+        token = token + (self.row[y] + self.column[x] + self.channel[channel])
+        for block, cache in zip(self.blocks, caches):
+            token = block.step(token, place, cache)
+        return self.head(self.norm(token))
+
+    def predictor(self, values: Tensor, first: int, cache: str | None):
+        if cache is None:
+            return super().predictor(values, first, cache)
+        caches = self.new_caches(len(values), full=cache == "full")
+
+        def predict(place):
+            return self.step(values[:, place - 1], place, caches)
+
+        for place in range(first):
+            predict(place)
+        return predict
+
+
+class TwoStreamPixelTransformer(PixelModel):
+    """The Axial Transformer: rows and columns that see all of the past, in two streams.
+
+    Ho et al. 2019, https://arxiv.org/abs/1912.12180
+        h = embedding of the values; u = shift down by a row (outer(h + position)); inner(shift right(h) + u + position)
+        outer: unmasked rows, then masked columns, in pairs; inner: masked rows.
+    What a place gets through u is all rows above it; the inner rows add its own row, up to the value before. A learned
+    start stands before each row; above the first row u is 0.
+    Deviations: the values of a pixel's channels lie side by side in a grid of H × (W·C), instead of one slice of the
+    image for each channel with an encoder of the slices before; MLPs and initialisation are as in `PixelTransformer`.
+
+    Args:
+        img_size, in_chans, levels, dim, num_heads, mlp_ratio, drop_rate: as `PixelTransformer`.
+        depth: layers of the inner stream.
+        outer_depth: pairs of layers (a row, a column) of the outer stream.
+
+    Raises:
+        ValueError: an argument is out of range; it is named with its value.
+
+    Cost: 2 N W·C d for a row layer, 2 N H d for a column layer, N = H·W·C. `generate` computes the outer stream once
+    for each row and one inner row for each value.
+    """
+
+    caches = ("pattern", None)
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 8,
+        in_chans: int = 1,
+        levels: int = 17,
+        dim: int = 64,
+        depth: int = 2,
+        outer_depth: int = 1,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = dict(device=device, dtype=dtype)
+        super().__init__(img_size, in_chans, levels, dim, **dd)
+        check.positive_int("depth", depth)
+        check.positive_int("outer_depth", outer_depth)
+        check.positive("mlp_ratio", mlp_ratio)
+        check.rate("drop_rate", drop_rate)
+
+        def stream(*kinds):
+            mixers = (Along(dim, num_heads, axis=axis, causal=causal, **dd) for axis, causal in kinds)
+            return nn.ModuleList(ResidualBlock(mixer, mlp_ratio, drop_rate, **dd) for mixer in mixers)
+
+        self.outer = stream(*[("row", False), ("column", True)] * outer_depth)
+        self.inner = stream(*[("row", True)] * depth)
+        self.init_weights()
+
+    def logits(self, values: Tensor) -> Tensor:
+        """Values (B, H·W·C) in raster order → logits (B, H·W·C, levels)."""
+        positions = self.positions()
+        above = F.pad(self.outer_stream(values, positions)[:, :-1], (0, 0, 0, 0, 1, 0))
+        return self.inner_stream(values, above, positions)
+
+    def outer_stream(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Values (B, R·W·C) of R whole rows, positions (R, W·C, dim) → (B, R, W·C, dim): each row and all above it."""
+        rows, width, _ = positions.shape
+        x = self.value(values) + positions.flatten(0, 1)
+        return rearrange(self.run(self.outer, x, Grid(rows, width)), "B (R w) d -> B R w d", R=rows)
+
+    def inner_stream(self, values: Tensor, above: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, R·W·C, levels) of R rows, each from its own values and from ``above`` (B, R, W·C, dim)."""
+        rows, width, dim = positions.shape
+        h = rearrange(self.value(values), "B (R w) d -> B R w d", R=rows)
+        start = self.start.expand(len(values), rows, 1, dim)
+        r = torch.cat([start, h[:, :, :-1]], dim=2) + above + positions
+        return self.head(self.norm(self.run(self.inner, r.flatten(1, 2), Grid(rows, width))))
+
+    def predictor(self, values: Tensor, first: int, cache: str | None):
+        if cache is None:
+            return super().predictor(values, first, cache)
+        positions, width = self.positions(), self.grid.width
+        above = positions.new_zeros(len(values), 1, width, self.dim)
+
+        def predict(place):
+            nonlocal above
+            y, x = divmod(place, width)
+            if x == 0 and y > 0:
+                above = self.outer_stream(values[:, : y * width], positions[:y])[:, -1:]
+            return self.inner_stream(values[:, y * width : (y + 1) * width], above, positions[y : y + 1])[:, x]
+
+        return predict
+
+
+class Along(Mixer):
+    """Softmax attention along one axis of the grid, "row" or "column"; ``causal`` masks what comes later."""
+
+    def __init__(self, dim: int, num_heads: int, *, axis: str, causal: bool, device=None, dtype=None):
+        super().__init__(dim, num_heads, device=device, dtype=dtype)
+        self.axis, self.causal = axis, causal
+
+    def mix(self, q, k, v, grid):
+        whole, lines = "B n (h w) d", {"row": "(B h) n w d", "column": "(B w) n h d"}[self.axis]
+        sizes = dict(h=grid.height, w=grid.width)
+        q, k, v = (rearrange(t, f"{whole} -> {lines}", **sizes) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale)
+        return rearrange(out, f"{lines} -> {whole}", **sizes)
+
+    def weights(self, q, k, grid):
+        place = torch.arange(grid.size, device=q.device)
+        line = place // grid.width if self.axis == "row" else place % grid.width
+        mask = line[:, None] == line
+        return softmax_over(mask & (place[:, None] >= place) if self.causal else mask, q, k, self.scale)
+
+
+def create_cycle(blocks: str | dict | list[str | dict], depth: int, dim: int, **options) -> list[Mixer]:
+    """``depth`` causal mixers that cycle through ``blocks``; warns with BlindSpot if they miss some of the past.
+
+    Args:
+        blocks: names, or dicts of name and options; as `PixelTransformer`.
+        depth: mixers to make.
+        dim, options: of all of them.
+    """
+    cycle = blocks if isinstance(blocks, (list, tuple)) else [blocks]
+    cycle = [dict(name=entry) if isinstance(entry, str) else entry for entry in cycle]
+    if not cycle or not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in cycle):
+        raise ValueError(f"blocks={blocks!r}: must be a block's name, a dict with a name, or a list of these")
+    if len(cycle) > depth:
+        raise ValueError(f"blocks={blocks!r}: must be at most as many as depth={depth}")
+    cycle = [dict(causal=True) | options | entry for entry in cycle]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BlindSpot)  # of one block: another of the cycle may see what it misses
+        mixers = [create_block(dim=dim, **cycle[layer % len(cycle)]) for layer in range(depth)]
+    patterns = [getattr(mixer, "pattern", None) for mixer in mixers[: len(cycle)]]
+    missed = blind_spot(patterns, Grid(6, 7)) if None not in patterns else 0  # one without a pattern sees it all
+    if missed:
+        message = f"blocks={blocks!r}: {missed} of the 903 past pairs on a 6×7 grid are unheard at any depth"
+        warnings.warn(message, BlindSpot, stacklevel=3)
+    return mixers
+
+
+def _create(cls, variant, pretrained, defaults, kwargs):
+    args = {**defaults, **kwargs}
+    classes, levels = args.pop("num_classes", None), args["levels"]
+    if classes not in (None, levels):  # timm gives it when it loads what save_for_hf wrote
+        raise ValueError(f"num_classes={classes!r}: a pixel model has none; its number of values is levels={levels}")
+    return build_model_with_cfg(cls, variant, pretrained, kwargs_filter=("num_classes",), **args)
+
+
+def _cfg(in_chans, size, levels):
+    return {
+        "url": "",
+        "num_classes": levels,
+        "input_size": (in_chans, size, size),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.0,) * in_chans,
+        "std": (1.0,) * in_chans,
+        "first_conv": None,
+        "classifier": None,
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:1904.10509",
+    }
+
+
+DATA = {"digits": (1, 8, 17), "cifar10": (3, 32, 256), "imagenet32": (3, 32, 256), "imagenet64": (3, 64, 256)}
+default_cfgs = generate_default_cfgs(
+    {f"pixel_{data}{kind}.untrained": _cfg(*sizes) for data, sizes in DATA.items() for kind in ("", "_axial")}
+)
+
+
+@register_model
+def pixel_digits(pretrained=False, **kwargs) -> PixelTransformer:
+    """For scikit-learn's 8×8 digits: 4 layers, width 64, 0.20 M parameters; trains in two minutes on one CPU core."""
+    args = dict(levels=17, dim=64, depth=4, num_heads=4)
+    return _create(PixelTransformer, "pixel_digits", pretrained, args, kwargs)
+
+
+@register_model
+def pixel_cifar10(pretrained=False, **kwargs) -> PixelTransformer:
+    """For CIFAR-10: 12 layers, width 256, 4 heads, 9.6 M parameters.
+
+    Sized for ten minutes on one H200, an estimate: 6 · 9.6 M operations for each of 3,072 values are 0.18 TFLOP an
+    image, so 150 TFLOP/s of bfloat16 see about 0.5 M images, ten epochs. The published 59 M parameters (128 layers)
+    are made for 120 epochs. Heads are 64 wide, what flash kernels are fastest at.
+    """
+    args = dict(levels=256, dim=256, depth=12, num_heads=4)
+    return _create(PixelTransformer, "pixel_cifar10", pretrained, args, kwargs)
+
+
+@register_model
+def pixel_imagenet32(pretrained=False, **kwargs) -> PixelTransformer:
+    """For ImageNet at 32×32: 24 layers, width 512, 8 heads, 76 M parameters; half the depth of the 64×64 model."""
+    args = dict(levels=256, dim=512, depth=24, num_heads=8)
+    return _create(PixelTransformer, "pixel_imagenet32", pretrained, args, kwargs)
+
+
+@register_model
+def pixel_imagenet64(pretrained=False, **kwargs) -> PixelTransformer:
+    """For ImageNet at 64×64: 48 layers, width 512, 16 heads, 152 M parameters, as published."""
+    args = dict(levels=256, dim=512, depth=48, num_heads=16)
+    return _create(PixelTransformer, "pixel_imagenet64", pretrained, args, kwargs)
+
+
+@register_model
+def pixel_digits_axial(pretrained=False, **kwargs) -> TwoStreamPixelTransformer:
+    """``pixel_digits`` in two streams: 2 outer and 2 inner layers."""
+    args = dict(levels=17, dim=64, depth=2, outer_depth=1, num_heads=4)
+    return _create(TwoStreamPixelTransformer, "pixel_digits_axial", pretrained, args, kwargs)
+
+
+@register_model
+def pixel_cifar10_axial(pretrained=False, **kwargs) -> TwoStreamPixelTransformer:
+    """``pixel_cifar10`` in two streams: 8 outer and 4 inner layers."""
+    args = dict(levels=256, dim=256, depth=4, outer_depth=4, num_heads=4)
+    return _create(TwoStreamPixelTransformer, "pixel_cifar10_axial", pretrained, args, kwargs)
+
+
+@register_model
+def pixel_imagenet32_axial(pretrained=False, **kwargs) -> TwoStreamPixelTransformer:
+    """``pixel_imagenet32`` in two streams: 16 outer and 8 inner layers."""
+    args = dict(levels=256, dim=512, depth=8, outer_depth=8, num_heads=8)
+    return _create(TwoStreamPixelTransformer, "pixel_imagenet32_axial", pretrained, args, kwargs)
+
+
+@register_model
+def pixel_imagenet64_axial(pretrained=False, **kwargs) -> TwoStreamPixelTransformer:
+    """``pixel_imagenet64`` in two streams: 32 outer and 16 inner layers."""
+    args = dict(levels=256, dim=512, depth=16, outer_depth=16, num_heads=16)
+    return _create(TwoStreamPixelTransformer, "pixel_imagenet64_axial", pretrained, args, kwargs)

@@ -1,0 +1,62 @@
+"""What every run is set up from: device, model, optimizer and schedule. Bad input raises ValueError that names it."""
+
+import difflib
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+
+from training.config import OptimConfig
+from training.engine import State
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` is cuda if there is one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error)
+        raise ValueError(f"device must be auto or a torch device that is there, got {name!r}: {reason}") from error
+    return torch.device(name)
+
+
+def create_model(name: str, args: dict, pretrained: bool = False) -> torch.nn.Module:
+    """timm's model of that name; ValueError with what is wrong, and with similar names for one timm does not know."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **args)
+    except (RuntimeError, TypeError, ValueError) as error:
+        similar = [] if timm.is_model(name) else difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"; similar names: {', '.join(similar)}" if similar else ""
+        raise ValueError(f"model {name} {args}: {first_line(error)}{hint}") from error
+
+
+def create_state(optim: OptimConfig, model: torch.nn.Module, epochs: int, steps_per_epoch: int) -> State:
+    """A training state at step 0; ValueError for an optimizer or an option of it that timm does not know."""
+    try:
+        optimizer = create_optimizer_v2(
+            model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum, **optim.args
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"optim.name {optim.name}, optim.args {optim.args}: {first_line(error)}") from error
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=epochs,
+        warmup_epochs=optim.warmup_epochs,
+        warmup_lr=optim.lr / 100,
+        min_lr=optim.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    scheduler.step_update(0)
+    ema = ModelEmaV3(model, decay=optim.ema, use_warmup=True) if optim.ema is not None else None
+    return State(model, optimizer, scheduler, ema)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
