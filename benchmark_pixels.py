@@ -56,7 +56,9 @@ def bits(seeds: int = 3, runs: str = "runs/bits", path: str | None = None) -> No
         output = Path(runs) / f"{variant.replace(' ', '-')}-{seed}"
         if not (output / "done").exists():
             model = ["--model.name", "pixel_digits_axial"] if blocks is None else []
-            model += ["--model.args.blocks", json.dumps(blocks)] if blocks else []
+            model += (
+                ["--model.args.blocks", blocks if isinstance(blocks, str) else json.dumps(blocks)] if blocks else []
+            )
             command = [sys.executable, "train_pixels.py", "--config", CONFIG, "--seed", str(seed), *model]
             options = ["--output", str(output), "--target_bits", "null", "--pictures.every", "0"]
             subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)

@@ -267,7 +267,7 @@ def test_a_bad_option_leaves_the_model_as_it_was():
         with pytest.raises(ValueError, match="num_heads=3: must divide dim=56"):
             backbones.insert(model, block, num_heads=3)
         assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
-        backbones.insert(model, block, num_heads=2)
+        backbones.insert(model, block, num_heads=4)
 
 
 @pytest.mark.parametrize("block", ["nonsense", "cbamm"])

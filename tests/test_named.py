@@ -219,9 +219,9 @@ def test_a_wrong_place_in_a_vit_lists_the_right_ones(block, at):
 @every_mixer
 def test_options_reach_a_mixer(block):
     for stock in ("cifar_resnet20", "vit_tiny_patch4_32"):
-        model = made(stock, block, attn_kwargs=dict(num_heads=2, proj_drop=0.25), device="meta")
+        model = made(stock, block, attn_kwargs=dict(num_heads=4, proj_drop=0.25), device="meta")
         heads = [step for m in model.modules() if isinstance(m, Mixer) for step in m.steps if step is m]
-        assert heads and all(one.num_heads == 2 and one.proj_drop.p == 0.25 for one in heads)
+        assert heads and all(one.num_heads == 4 and one.proj_drop.p == 0.25 for one in heads)
 
 
 @every_block
@@ -583,7 +583,7 @@ def test_own_weights_of_other_options_are_refused(tmp_path):
 @smallest_models
 def test_saved_for_the_hub_and_back(tmp_path, stock, args, size, block):
     at = ["blocks.1"] if stock.startswith("vit") else ["layer2", "layer3.1"]
-    options = dict(num_heads=2) if block in MIXERS else dict(init_gain=0.5)
+    options = dict(num_heads=4) if block in MIXERS else dict(init_gain=0.5)
     args = dict(args, attn_at=at, attn_kwargs=options)
     model = alive(made(stock, block, args)).eval()
     save_for_hf(model, tmp_path, model_args=args)

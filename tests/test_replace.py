@@ -157,16 +157,16 @@ def test_the_block_inherits_the_settings_of_the_attention(block):
             assert step.proj_drop.p == 0.25 and type(step.q_norm) is type(step.k_norm) is not nn.Identity
             assert {p.dtype for p in step.parameters()} == {torch.bfloat16}
     assert model.blocks[0].attn.training
-    backbones.replace(other := made("vit_tiny_patch16_224", **VIT), block, num_heads=2, proj_drop=0.5)
+    backbones.replace(other := made("vit_tiny_patch16_224", **VIT), block, num_heads=4, proj_drop=0.5)
     assert not any(m.training for m in other.modules())
-    assert all(s.num_heads == 2 and s.proj_drop.p == 0.5 for part in other.blocks for s in part.attn.steps)
+    assert all(s.num_heads == 4 and s.proj_drop.p == 0.5 for part in other.blocks for s in part.attn.steps)
 
 
 def test_dropout_of_attention_is_inherited_or_refused():
     for block in MIXERS:
         model, x = made("vit_tiny_patch16_224", **VIT, attn_drop_rate=0.5), images(48, 80)
         wanted, keys = model(x), list(model.state_dict())
-        if block == "efficient":
+        if block in ("efficient", "linear"):
             with pytest.raises(ValueError, match="attn_drop=0.5"):
                 backbones.replace(model, block)
             assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)

@@ -93,7 +93,7 @@ class Merged(torch.autograd.Function):
         total = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts]).logsumexp(dim=0)
         merged = q.new_zeros(q.shape, dtype=wide)
         for keys, out, lse in parts:
-            keys.add_queries(merged, out * (lse - keys.queries(total)).exp())
+            keys.add_queries(merged, out.mul_((lse - keys.queries(total)).exp()))
         return merged.to(q.dtype), total
 
     @staticmethod
@@ -105,8 +105,10 @@ class Merged(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope, _):
-        masks, (*tensors, out, total) = ctx.saved_tensors[: len(ctx.sets)], ctx.saved_tensors[len(ctx.sets) :]
+        saved = ctx.saved_tensors  # once: gradient checkpointing gives them a single time
+        masks, (*tensors, out, total) = saved[: len(ctx.sets)], saved[len(ctx.sets) :]
         wide = torch.promote_types(out.dtype, torch.float32)
+        slope = _dense_rows(slope)
         slopes = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in tensors]
         for keys, mask in zip(ctx.sets, masks):
             q, k, v = _folded(keys, *tensors)

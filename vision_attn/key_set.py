@@ -22,15 +22,16 @@ def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
     return F.pad(x, amounts, value=fill) if torch.compiler.is_compiling() or any(amounts) else x
 
 
-def _add(fold: Callable[[Tensor], Tensor], whole: Tensor, part: Tensor) -> None:
+def add_at(fold: Callable[[Tensor], Tensor], whole: Tensor, part: Tensor) -> None:
+    """Adds each entry of ``part`` where ``fold`` takes it from in ``whole``: the adjoint of ``fold``, in place."""
     target = fold(whole)
     if target.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
-        target += part
+        target += part.reshape(target.shape)
         return
     with torch.enable_grad():  # the fold copies: autograd knows its adjoint
         entries = torch.zeros_like(whole, requires_grad=True)
         target = fold(entries)
-    whole += torch.autograd.grad(target, entries, part.to(target.dtype))[0]
+    whole += torch.autograd.grad(target, entries, part.to(target.dtype).reshape(target.shape))[0]
 
 
 class KeySet:
@@ -65,12 +66,12 @@ class KeySet:
         return (self,)
 
     def add_queries(self, whole: Float[Tensor, "b H W d"], part: Float[Tensor, "b groups queries d"]) -> None:
-        """Adds each entry of ``part`` where `queries` takes it from: the adjoint of `queries`, in place."""
-        _add(self.queries, whole, part)
+        """The adjoint of `queries`, in place."""
+        add_at(self.queries, whole, part)
 
     def add_keys(self, whole: Float[Tensor, "b H W d"], part: Float[Tensor, "b groups keys d"]) -> None:
         """The adjoint of `keys`, in place."""
-        _add(self.keys, whole, part)
+        add_at(self.keys, whole, part)
 
     def kept(self, grid: Grid) -> tuple[int, int, int]:
         """What later queries of a causal set may still see: number of last rows, first column, number of columns."""

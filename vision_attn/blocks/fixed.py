@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import check
-from ..key_set import Everything, KeySet, Rows, pad
+from ..key_set import Everything, KeySet, Rows, add_at, pad
 from ..mixer import PatternMixer
 from ..pattern import Pattern, PerHead, Row
 
@@ -100,6 +100,13 @@ class Columns(KeySet):
         """The columns themselves, (b, H, c, d)."""
         return x.narrow(2, self.first(x.shape[2]), min(self.c, x.shape[2]))
 
+    def add_keys(self, whole, part):
+        add_at(self.key_rows, whole, part)
+
+    def key_rows(self, x):
+        """The keys before their rows are joined: a view, where those are copies."""
+        return self.summary(x)
+
     def is_summary(self, x, width):
         return (x >= self.first(width)) & (x < self.first(width) + self.c)
 
@@ -109,6 +116,9 @@ class BesideSummary(Columns):
     """Every position with what is no summary in its row."""
 
     def queries(self, x):
+        return x
+
+    def key_rows(self, x):
         return x
 
     def place(self, y, grid, fill=0.0):
@@ -148,7 +158,7 @@ class AllRows(Columns):
         return Everything().queries(x)
 
     def keys(self, x):
-        return Everything().queries(self.summary(x))
+        return Everything().queries(self.key_rows(x))
 
     def place(self, y, grid, fill=0.0):
         return Everything().place(y, grid)
@@ -171,7 +181,10 @@ class EarlierRows(Columns):
         return Everything().queries(x.narrow(1, 1, x.shape[1] - 1))
 
     def keys(self, x):
-        return Everything().queries(self.summary(x.narrow(1, 0, x.shape[1] - 1)))
+        return Everything().queries(self.key_rows(x))
+
+    def key_rows(self, x):
+        return self.summary(x.narrow(1, 0, x.shape[1] - 1))
 
     def place(self, y, grid, fill=0.0):
         y = Everything().place(y, grid._replace(height=grid.height - 1))
@@ -207,7 +220,10 @@ class WithinBlock(Columns):
         return self.blocks(x).flatten(2, 3)
 
     def keys(self, x):
-        return self.blocks(self.summary(x)).flatten(2, 3)
+        return self.key_rows(x).flatten(2, 3)
+
+    def key_rows(self, x):
+        return self.blocks(self.summary(x))
 
     def place(self, y, grid, fill=0.0):
         return y.unflatten(2, (self.rows, -1)).flatten(1, 2).narrow(1, 0, grid.height)
@@ -238,7 +254,10 @@ class UpperHalf(Columns):
         return self.pairs(x)[:, :, 1].flatten(2, 3)
 
     def keys(self, x):
-        return self.pairs(self.summary(x))[:, :, 0].flatten(2, 3)
+        return self.key_rows(x).flatten(2, 3)
+
+    def key_rows(self, x):
+        return self.pairs(self.summary(x))[:, :, 0]
 
     def place(self, y, grid, fill=0.0):
         y = F.pad(y.unflatten(2, (self.rows, -1)), (0, 0, 0, 0, self.rows, 0), value=fill).flatten(1, 2)
