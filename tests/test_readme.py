@@ -1,5 +1,6 @@
 """The README is true: its code runs as written, its table is the registry's, its commands name files that exist."""
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -16,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_python_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, pixels = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(code, names)
     assert names["logits"].shape == (2, 10)
@@ -24,6 +25,11 @@ def test_python_runs_as_written(tmp_path, monkeypatch):
     assert names["maps"]["blocks.0.attn"].shape == (1, 6, 10)
     assert max(names["errors"].values()) < 1e-4 and (tmp_path / "model.onnx").is_file()
     assert all(torch.isfinite(names["slot"](torch.zeros(1, 3, 64, 96))).flatten())
+    names = {}
+    exec(pixels, names)
+    assert names["tokens"].shape == (1, 32 * 96, 64) and names["images"].shape == (4, 1, 8, 8)
+    assert abs(names["bits"].item() - math.log2(17)) < 1e-5  # its logits start at 0
+    assert len(names["mixed"].blocks) == 3
 
 
 def test_table_is_the_registry(tmp_path):
