@@ -22,7 +22,9 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from jsonargparse import auto_cli
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import backbones  # noqa: F401  registers the named models
@@ -89,24 +91,19 @@ def bits(seeds: int = 3, runs: str = "runs/bits", path: str | None = None) -> No
 
 
 def simple_models() -> dict[str, float]:
-    """Bits per dimension on the test digits of two counts, one added to each: of pixels, and of values side by side."""
+    """Bits per dimension on the test digits of counts, one added to each: of every pixel, and given the value left."""
     train, test = (
-        torch.stack([torch.as_tensor(_array(image)) for image, _ in Digits(train=is_train, raw=True)]).long()
+        torch.stack([pil_to_tensor(image)[0] for image, _ in Digits(train=is_train, raw=True)]).long()
         for is_train in (True, False)
     )
-    place = torch.arange(64).reshape(8, 8).expand_as(train)
-    marginal = torch.ones(64, 17).index_put_((place, train), torch.tensor(1.0), accumulate=True)
-    marginal = (marginal / marginal.sum(-1, keepdim=True))[torch.arange(64).reshape(8, 8).expand_as(test), test]
-    before = [torch.nn.functional.pad(images, (1, 0), value=17)[..., :-1] for images in (train, test)]  # 17: none
-    pairs = torch.ones(18, 17).index_put_((before[0], train), torch.tensor(1.0), accumulate=True)
-    bigram = (pairs / pairs.sum(-1, keepdim=True))[before[1], test]
-    return {"per-pixel marginal": -marginal.log2().mean().item(), "left bigram": -bigram.log2().mean().item()}
-
-
-def _array(image) -> list:
-    width, height = image.size
-    flat = list(image.getdata())
-    return [flat[y * width : (y + 1) * width] for y in range(height)]
+    pixel = torch.arange(64).reshape(8, 8)
+    left = [F.pad(images, (1, 0), value=17)[..., :-1] for images in (train, test)]  # 17: there is none
+    bits, models = {}, {"per-pixel marginal": ((64,), [(), ()]), "left bigram": ((64, 18), [(x,) for x in left])}
+    for name, (shape, given) in models.items():
+        seen, asked = ((pixel.expand_as(images), *more, images) for images, more in zip((train, test), given))
+        counts = torch.ones(*shape, 17).index_put_(seen, torch.tensor(1.0), accumulate=True)
+        bits[name] = -(counts / counts.sum(-1, keepdim=True))[asked].log2().mean().item()
+    return bits
 
 
 def sampling(
