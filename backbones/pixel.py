@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from vision_attn import Grid, Mixer, check, create_block
-from vision_attn.mixer import softmax_over
-from vision_attn.pattern import BlindSpot, blind_spot
+from vision_attn.mixer import PatternMixer
+from vision_attn.pattern import BlindSpot, Column, Row, blind_spot
 
 __all__ = ["PixelTransformer", "TwoStreamPixelTransformer"]
 
@@ -384,12 +384,14 @@ class TwoStreamPixelTransformer(PixelModel):
         check.positive("mlp_ratio", mlp_ratio)
         check.rate("drop_rate", drop_rate)
 
-        def stream(*kinds):
-            mixers = (Along(dim, num_heads, axis=axis, causal=causal, **dd) for axis, causal in kinds)
+        def stream(*patterns):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", BlindSpot)  # of one layer: the two streams together hear all
+                mixers = [PatternMixer(pattern, dim, num_heads, **dd) for pattern in patterns]
             return nn.ModuleList(ResidualBlock(mixer, mlp_ratio, drop_rate, **dd) for mixer in mixers)
 
-        self.outer = stream(*[("row", False), ("column", True)] * outer_depth)
-        self.inner = stream(*[("row", True)] * depth)
+        self.outer = stream(*[Row(), Column(past=True)] * outer_depth)
+        self.inner = stream(*[Row(past=True)] * depth)
         self.init_weights()
 
     def logits(self, values: Tensor) -> Tensor:
@@ -426,27 +428,6 @@ class TwoStreamPixelTransformer(PixelModel):
             return self.inner_stream(values[:, y * width : (y + 1) * width], above, positions[y : y + 1])[:, x]
 
         return predict
-
-
-class Along(Mixer):
-    """Softmax attention along one axis of the grid, "row" or "column"; ``causal`` masks what comes later."""
-
-    def __init__(self, dim: int, num_heads: int, *, axis: str, causal: bool, device=None, dtype=None):
-        super().__init__(dim, num_heads, device=device, dtype=dtype)
-        self.axis, self.causal = axis, causal
-
-    def mix(self, q, k, v, grid):
-        whole, lines = "B n (h w) d", {"row": "(B h) n w d", "column": "(B w) n h d"}[self.axis]
-        sizes = dict(h=grid.height, w=grid.width)
-        q, k, v = (rearrange(t, f"{whole} -> {lines}", **sizes) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale)
-        return rearrange(out, f"{lines} -> {whole}", **sizes)
-
-    def weights(self, q, k, grid):
-        place = torch.arange(grid.size, device=q.device)
-        line = place // grid.width if self.axis == "row" else place % grid.width
-        mask = line[:, None] == line
-        return softmax_over(mask & (place[:, None] >= place) if self.causal else mask, q, k, self.scale)
 
 
 def create_cycle(blocks: str | dict | list[str | dict], depth: int, dim: int, **options) -> list[Mixer]:

@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from backbones.pixel import Along, PixelTransformer, ResidualBlock, TwoStreamPixelTransformer
+from backbones.pixel import PixelTransformer, ResidualBlock, TwoStreamPixelTransformer
 from vision_attn import Grid, describe, list_blocks
 from vision_attn.pattern import BlindSpot
 
@@ -109,19 +109,6 @@ def test_raster_order_is_rows_columns_channels():
     assert torch.equal(values[:, place], images[:, c, y, x])
     assert model.grid == Grid(5, 21) and model.positions().shape == (5, 21, 33)
     assert torch.equal(model.positions().flatten(0, 1)[place], model.row[y] + model.column[x] + model.channel[c])
-
-
-@pytest.mark.parametrize("axis", ["row", "column"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_along_is_its_definition(axis, causal):
-    mixer = Along(22, 2, axis=axis, causal=causal).double()
-    q, k, v = torch.randn(3, 3, 2, 5 * 7, 11, dtype=torch.float64)
-    weights = mixer.weights(q, k, Grid(5, 7))
-    assert torch.allclose(mixer.mix(q, k, v, Grid(5, 7)), weights @ v)
-    y, x = torch.arange(35) // 7, torch.arange(35) % 7
-    line, place = (y, x) if axis == "row" else (x, y)
-    seen = (line[:, None] == line) & ((place[:, None] >= place) | (not causal))
-    assert torch.equal(weights > 0, seen.expand_as(weights))
 
 
 # Likelihood and initialisation
