@@ -133,8 +133,8 @@ def test_a_causal_pattern_never_looks_ahead(causal_case):
 simple = st.one_of(
     st.just(All()),
     st.just(Past()),
-    st.builds(Row, st.booleans()),
-    st.builds(Column, st.booleans()),
+    st.builds(Row, past=st.booleans()),
+    st.builds(Column, past=st.booleans()),
     st.builds(Window, st.tuples(st.integers(0, 2), st.integers(0, 2)), st.tuples(st.integers(1, 2), st.integers(1, 3))),
     st.builds(Global, st.integers(1, 4)),
 )

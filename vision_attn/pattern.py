@@ -84,6 +84,17 @@ class Pattern:
         return cycle_reach([self] * layers, grid)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Directed(Pattern):
+    """A rule that goes both ways or, with ``past``, only to what comes before in raster order (and to itself)."""
+
+    past: bool = False
+
+    @property
+    def causal(self):
+        return self.past
+
+
 def cycle_reach(patterns: Patterns[Pattern], grid: Grid) -> Bool[Tensor, "positions positions"]:
     """Who is heard by whom after one layer of each pattern, the first pattern first (with residual connections)."""
     own = torch.eye(grid.size, dtype=torch.bool)
@@ -191,14 +202,8 @@ class Past(Pattern):
 
 
 @dataclass(frozen=True)
-class Row(Pattern):
+class Row(Directed):
     """Own row, to the left or (not ``past``) on both sides, and itself."""
-
-    past: bool = False
-
-    @property
-    def causal(self):
-        return self.past
 
     def allowed(self, qy, qx, ky, kx, grid):
         return (qy == ky) & ((kx <= qx) | (not self.past))
@@ -208,14 +213,8 @@ class Row(Pattern):
 
 
 @dataclass(frozen=True)
-class Column(Pattern):
+class Column(Directed):
     """Own column, above or (not ``past``) below, and itself."""
-
-    past: bool = False
-
-    @property
-    def causal(self):
-        return self.past
 
     def allowed(self, qy, qx, ky, kx, grid):
         return (qx == kx) & ((ky <= qy) | (not self.past))
@@ -225,16 +224,11 @@ class Column(Pattern):
 
 
 @dataclass(frozen=True)
-class Window(Pattern):
+class Window(Directed):
     """At most ``radius`` steps of ``dilation`` away, both (down, right); ``past``: and before, or itself."""
 
     radius: tuple[int, int]
     dilation: tuple[int, int] = (1, 1)
-    past: bool = False
-
-    @property
-    def causal(self):
-        return self.past
 
     def allowed(self, qy, qx, ky, kx, grid):
         (ry, rx), (sy, sx) = self.radius, self.dilation

@@ -53,4 +53,4 @@ class Block(PatternMixer):
     ):
         check.boolean("causal", causal)
         radius = tuple((size - 1) // 2 for size in check.odd_pair("kernel_size", kernel_size))
-        super().__init__(Window(radius, check.pair("dilation", dilation), causal), dim, num_heads, **mixer)
+        super().__init__(Window(radius, check.pair("dilation", dilation), past=causal), dim, num_heads, **mixer)

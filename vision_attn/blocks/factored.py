@@ -32,18 +32,12 @@ from dataclasses import dataclass
 from .. import check
 from ..key_set import AdjacentRows
 from ..mixer import PatternMixer
-from ..pattern import Column, Pattern, PerHead, Row
+from ..pattern import Column, Directed, PerHead, Row
 
 
 @dataclass(frozen=True)
-class Beside(Pattern):
+class Beside(Directed):
     """The row above, not ``past`` also the row below, and itself."""
-
-    past: bool
-
-    @property
-    def causal(self):
-        return self.past
 
     def allowed(self, qy, qx, ky, kx, grid):
         return (ky == qy - 1) | ((ky == qy + 1) & (not self.past)) | ((ky == qy) & (kx == qx))
@@ -78,5 +72,5 @@ class Block(PatternMixer):
     def __init__(self, dim, num_heads=None, *, causal: bool = False, part: str | None = None, **mixer):
         check.boolean("causal", causal)
         check.one_of("part", part, (None, "row", "column", "previous_row"))
-        parts = {"row": Row(causal), "column": Column(causal), "previous_row": Beside(causal)}
+        parts = {"row": Row(past=causal), "column": Column(past=causal), "previous_row": Beside(past=causal)}
         super().__init__(parts[part] if part else PerHead(tuple(parts.values())), dim, num_heads, **mixer)

@@ -35,22 +35,17 @@ import torch.nn.functional as F
 from .. import check
 from ..key_set import Everything, KeySet, Rows, add_at, pad
 from ..mixer import PatternMixer
-from ..pattern import Pattern, PerHead, Row
+from ..pattern import Directed, PerHead, Row
 
 NEAR = 8  # rows within which summaries are masked one by one
 
 
 @dataclass(frozen=True)
-class Summary(Pattern):
+class Summary(Directed):
     """The summary columns of all rows or (``past``) as far as they come before; and itself."""
 
     c: int
     block: int
-    past: bool
-
-    @property
-    def causal(self):
-        return self.past
 
     def allowed(self, qy, qx, ky, kx, grid):
         first = max(0, grid.width - self.c * (self.block % max(1, grid.width // self.c) + 1))
@@ -63,20 +58,15 @@ class Summary(Pattern):
 
 
 @dataclass(frozen=True)
-class Fixed(Pattern):
+class Fixed(Directed):
     """The row and the summaries."""
 
     c: int
     block: int
-    past: bool
-
-    @property
-    def causal(self):
-        return self.past
 
     def allowed(self, qy, qx, ky, kx, grid):
         at = (qy, qx, ky, kx, grid)
-        return Row(self.past).allowed(*at) | Summary(self.c, self.block, self.past).allowed(*at)
+        return Row(past=self.past).allowed(*at) | Summary(self.c, self.block, past=self.past).allowed(*at)
 
     def key_sets(self):
         columns = (self.c, self.block)
@@ -296,17 +286,10 @@ class Block(PatternMixer):
         if split_heads and part:
             raise ValueError(f"part={part!r}: must be None with split_heads=True, which gives each part half the heads")
 
-        def pattern(block: int) -> Pattern:
-            return {None: Fixed(c, block, causal), "local": Row(causal), "summary": Summary(c, block, causal)}[part]
-
-        super().__init__(
-            PerHead((Row(causal), Summary(c, 0, causal))) if split_heads else pattern(0), dim, num_heads, **mixer
-        )
-        heads = self.num_heads
-        if split_heads:
-            rows = -(-heads // 2)
-            self.pattern = PerHead(
-                tuple(Row(causal) for _ in range(rows)) + tuple(Summary(c, i, causal) for i in range(heads - rows))
-            )
-        elif part != "local" and heads > 1:
-            self.pattern = PerHead(tuple(pattern(block) for block in range(heads)))
+        row, other = Row(past=causal), Summary if split_heads or part == "summary" else Fixed
+        one = row if part == "local" else other(c, 0, past=causal)
+        super().__init__(PerHead((row, one)) if split_heads else one, dim, num_heads, **mixer)
+        if part != "local" and self.num_heads > 1:  # every head has a summary of its own
+            rows = -(-self.num_heads // 2) if split_heads else 0
+            others = tuple(other(c, block, past=causal) for block in range(self.num_heads - rows))
+            self.pattern = PerHead((row,) * rows + others)

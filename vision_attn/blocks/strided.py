@@ -30,18 +30,12 @@ from dataclasses import dataclass
 from .. import check
 from ..key_set import AdjacentRows, Columns
 from ..mixer import PatternMixer
-from ..pattern import Column, Pattern, PerHead
+from ..pattern import Column, Directed, PerHead
 
 
 @dataclass(frozen=True)
-class Local(Pattern):
+class Local(Directed):
     """Less than a row of pixels away in raster order, before or (not ``past``) after."""
-
-    past: bool
-
-    @property
-    def causal(self):
-        return self.past
 
     def allowed(self, qy, qx, ky, kx, grid):
         behind = (qy * grid.width + qx) - (ky * grid.width + kx)
@@ -52,20 +46,15 @@ class Local(Pattern):
 
 
 @dataclass(frozen=True)
-class Strided(Pattern):
+class Strided(Directed):
     """The band and the column."""
 
-    past: bool
-
-    @property
-    def causal(self):
-        return self.past
-
     def allowed(self, qy, qx, ky, kx, grid):
-        return Local(self.past).allowed(qy, qx, ky, kx, grid) | Column(self.past).allowed(qy, qx, ky, kx, grid)
+        at = (qy, qx, ky, kx, grid)
+        return Local(past=self.past).allowed(*at) | Column(past=self.past).allowed(*at)
 
     def key_sets(self):
-        return *Local(self.past).key_sets(), Columns(with_self=False, causal=self.past)
+        return *Local(past=self.past).key_sets(), Columns(with_self=False, causal=self.past)
 
 
 @dataclass(frozen=True)
@@ -102,6 +91,6 @@ class Block(PatternMixer):
         check.one_of("part", part, (None, "local", "column"))
         if split_heads and part:
             raise ValueError(f"part={part!r}: must be None with split_heads=True, which gives each part half the heads")
-        local, column = Local(causal), Column(causal)
+        local, column = Local(past=causal), Column(past=causal)
         pattern = PerHead((local, column)) if split_heads else {"local": local, "column": column}.get(part)
-        super().__init__(pattern or Strided(causal), dim, num_heads, **mixer)
+        super().__init__(pattern or Strided(past=causal), dim, num_heads, **mixer)
