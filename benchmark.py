@@ -6,8 +6,8 @@
 
 For each block and size, forward and forward + backward ("step"): milliseconds (minimum over interleaved repeats), peak
 memory of a step beyond the inputs, floating-point operations of a forward. Dense is torch's attention without a mask
-(of a causal block: with `is_causal`); masked is the same with the block's pattern as a boolean mask. Machines are
-noisy: trust the ratios. Writes a CSV, and a plot of time and memory against the number of pixels with fitted exponents.
+(of a causal block: with `is_causal`); masked is the same with the block's pattern as a boolean mask (that of
+the first head for all: one for each would be slower still). Machines are noisy: trust the ratios. Writes a CSV, and a plot of time and memory against the number of pixels with fitted exponents.
 """
 
 import csv
@@ -66,8 +66,7 @@ def calls_of(
     if dense:
         calls["dense"] = lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=is_causal(step)) for step in steps]
     if masked:
-        masks = [step.pattern.head_masks(heads, grid, device=device) for step in steps]
-        masks = [mask[0] if (mask == mask[:1]).all() else mask for mask in masks]
+        masks = [step.pattern.by_head()[0].mask(grid, device=device) for step in steps]
         calls["masked"] = lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in masks]
     return calls
 
