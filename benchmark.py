@@ -6,8 +6,9 @@
 
 For each block and size, forward and forward + backward ("step"): milliseconds (minimum over interleaved repeats), peak
 memory of a step beyond the inputs, floating-point operations of a forward. Dense is torch's attention without a mask
-(of a causal block: with `is_causal`); masked is the same with the block's pattern as a boolean mask (that of
-the first head for all: one for each would be slower still). Machines are noisy: trust the ratios. Writes a CSV, and a plot of time and memory against the number of pixels with fitted exponents.
+(of a causal block: with `is_causal`); masked is the same with the block's pattern as a boolean mask (that of the first
+head for all: one for each would be slower still). Machines are noisy: trust the ratios. Writes a CSV, and a plot of
+time and memory against the number of pixels with fitted exponents.
 """
 
 import csv
