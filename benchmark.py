@@ -137,17 +137,21 @@ def plot(rows: list[dict], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
-    for axis, column, unit in zip(
-        axes, ("step ms", "block MiB"), ("forward + backward, ms", "peak memory of a step, MiB")
-    ):
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    shown = ("step ms", "forward + backward, ms"), ("block MiB", "peak memory of a step, MiB")
+    colors = {block: f"C{i % 10}" for i, block in enumerate(dict.fromkeys(row["block"] for row in rows))}
+    markers = {block: "osD^"[i // 10] for i, block in enumerate(colors)}
+    for axis, (column, unit) in zip(axes, shown):
         for name in dict.fromkeys(map(label, rows)):
             some = [row for row in rows if label(row) == name]
             sizes, values = [row["height"] * row["width"] for row in some], [float(row[column]) for row in some]
             grows = f" ~ N^{exponent(sizes, values):.2f}" if len(some) > 1 else ""
-            axis.plot(sizes, values, marker="o", markersize=3, label=name + grows)
+            block, style = some[0]["block"], "--" if "split_heads" in name else ":" if "causal" in name else "-"
+            axis.plot(
+                sizes, values, style, color=colors[block], marker=markers[block], markersize=4, label=name + grows
+            )
         axis.set(xscale="log", yscale="log", xlabel="pixels N", ylabel=unit)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         axis.grid(alpha=0.3)
     figure.savefig(target, dpi=120)
 
