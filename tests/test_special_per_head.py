@@ -6,8 +6,9 @@ from vision_attn import Grid, create_block
 GRID = Grid(7, 11)
 
 
-def test_each_share_of_the_heads_has_its_pattern():
-    options = dict(kernel_size=(3, 5), stride=(2, 3), tokens=4)
+@pytest.mark.parametrize("causal", [False, True])
+def test_each_share_of_the_heads_has_its_pattern(causal):
+    options = dict(kernel_size=(3, 5), stride=(2, 3), tokens=4, causal=causal)
     block = create_block("per_head", 35, num_heads=5, **options).double()
     q, k, v = torch.randn(3, 2, 5, GRID.size, 7, dtype=torch.float64)
     y, x = torch.arange(GRID.size) // 11, torch.arange(GRID.size) % 11
@@ -17,6 +18,7 @@ def test_each_share_of_the_heads_has_its_pattern():
     strided = (down % 2 == 0) & (right % 3 == 0)
     everywhere = first | first[:, None] | torch.eye(GRID.size, dtype=torch.bool)
     masks = torch.stack([local, local, strided, strided, everywhere])
+    masks = masks.tril() if causal else masks
     scores = (q @ k.mT * block.scale).masked_fill(~masks, -torch.inf)
     torch.testing.assert_close(block.mix(q, k, v, GRID), scores.softmax(-1) @ v, rtol=1e-10, atol=1e-12)
 

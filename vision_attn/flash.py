@@ -113,8 +113,7 @@ class Merged(torch.autograd.Function):
         for keys, mask in zip(ctx.sets, masks):
             q, k, v = _folded(keys, *tensors)
             if q.numel() and k.numel():
-                given = (_dense_rows(keys.queries(t)) for t in (slope, out, total))
-                slope_here, out_here, lse = given
+                slope_here, out_here, lse = (_dense_rows(keys.queries(t)) for t in (slope, out, total))
                 parts = ctx.kernel.backward(
                     slope_here, q, k, v, out_here, lse[..., 0], _expanded(mask, q), keys.causal, ctx.scale
                 )

@@ -62,7 +62,7 @@ class KeySet:
         return None
 
     def parts(self, grid: Grid) -> tuple["KeySet", ...]:
-        """The same pairs as smaller key sets that need no mask, where that is cheaper for a grid of known size."""
+        """The same pairs as key sets that need less of a mask, where that is cheaper; the size is not traced."""
         return (self,)
 
     def add_queries(self, whole: Float[Tensor, "b H W d"], part: Float[Tensor, "b groups queries d"]) -> None:

@@ -7,7 +7,7 @@ allowed pair exactly once. `union` computes attention from the key sets alone.
 Patterns compose: ``a & b`` is what both allow, ``a | b`` what either does, `PerHead` gives heads patterns of their own.
 """
 
-from collections.abc import Sequence as Patterns
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -95,13 +95,13 @@ class Directed(Pattern):
         return self.past
 
 
-def cycle_reach(patterns: Patterns[Pattern], grid: Grid) -> Bool[Tensor, "positions positions"]:
+def cycle_reach(patterns: Sequence[Pattern], grid: Grid) -> Bool[Tensor, "positions positions"]:
     """Who is heard by whom after one layer of each pattern, the first pattern first (with residual connections)."""
     own = torch.eye(grid.size, dtype=torch.bool)
     return reduce(lambda heard, pattern: ((pattern.mask(grid) | own).float() @ heard.float()) > 0, patterns, own)
 
 
-def blind_spot(patterns: Patterns[Pattern], grid: Grid = Grid(6, 7)) -> int:
+def blind_spot(patterns: Sequence[Pattern], grid: Grid = Grid(6, 7)) -> int:
     """Number of past pairs of positions (each with itself counted) that no depth of this cycle of layers connects."""
     with torch.device("cpu"):  # also where a model is built on the meta device
         heard = cycle_reach(patterns, grid)

@@ -86,9 +86,13 @@ class Columns(KeySet):
         """The first of the columns. A narrow grid has one block, and of a grid narrower than ``c`` all is summary."""
         return max(0, width - self.c * (self.block % max(1, width // self.c) + 1))
 
+    def count(self, width):
+        """How many they are: ``c``, or all of a narrower grid."""
+        return min(self.c, width)
+
     def summary(self, x):
         """The columns themselves, (b, H, c, d)."""
-        return x.narrow(2, self.first(x.shape[2]), min(self.c, x.shape[2]))
+        return x.narrow(2, self.first(x.shape[2]), self.count(x.shape[2]))
 
     def add_keys(self, whole, part):
         add_at(self.key_rows, whole, part)
@@ -135,7 +139,7 @@ class SummaryInRow(BesideSummary):
         return 1, 0, grid.width
 
     def seen_from(self, y, x, grid):
-        first, last = self.first(grid.width), self.first(grid.width) + min(self.c, grid.width)
+        first, last = self.first(grid.width), self.first(grid.width) + self.count(grid.width)
         own = [] if first <= x < last else [(slice(y, y + 1), slice(x, x + 1))]
         return [(slice(y, y + 1), slice(first, max(first, min(last, x + 1)))), *own]
 
@@ -185,11 +189,11 @@ class EarlierRows(Columns):
         return (query // grid.width)[:, :, None] > (key // grid.width)[:, None, :]
 
     def kept(self, grid):
-        return grid.height, self.first(grid.width), min(self.c, grid.width)
+        return grid.height, self.first(grid.width), self.count(grid.width)
 
     def seen_from(self, y, x, grid):
         first = self.first(grid.width)
-        return [(slice(0, y), slice(first, first + min(self.c, grid.width)))]
+        return [(slice(0, y), slice(first, first + self.count(grid.width)))]
 
     def parts(self, grid):
         halves = [UpperHalf(self.c, self.block, NEAR * 2**i) for i in range(((grid.height - 1) // NEAR).bit_length())]
@@ -220,7 +224,7 @@ class WithinBlock(Columns):
 
     def mask(self, grid, device):
         row = torch.arange(self.rows, device=device)
-        query, key = row.repeat_interleave(grid.width), row.repeat_interleave(min(self.c, grid.width))
+        query, key = row.repeat_interleave(grid.width), row.repeat_interleave(self.count(grid.width))
         return (query[:, None] > key)[None]
 
 
