@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from training import checkpoint
 from training.config import parse
 from training.datasets import Digits
-from training.pixels import PixelConfig, create_images, integers, save_pictures
+from training.pixels import PixelConfig, complete_model_args, create_images, integers, save_pictures
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*_pixels.yaml"))
@@ -28,21 +29,6 @@ spec.loader.exec_module(script)
 
 TINY = '{"dim": 26, "depth": 1, "num_heads": 2, "blocks": "dense"}'
 FAST = ["--model.args", TINY, "--threads", "1", "--device", "cpu"]
-RICH = [
-    *FAST,
-    "--epochs",
-    "2",
-    "--model.args.drop_rate",
-    "0.1",
-    "--optim.ema",
-    "0.9",
-    "--optim.accumulate",
-    "2",
-    "--pictures.every",
-    "2",
-    "--pictures.count",
-    "3",
-]
 
 
 def refused(argv, capsys):
@@ -59,7 +45,8 @@ def rows(output):
 
 
 def names(output):
-    return sorted(path.name for path in output.iterdir())
+    """What a run leaves, its numbered checkpoints and the hashes aside."""
+    return sorted(p.name for p in output.iterdir() if p.suffix != ".sha256" and not p.name.startswith("step-"))
 
 
 # configuration and images
@@ -69,7 +56,7 @@ def names(output):
 def test_every_config_parses_and_says_what_was_measured(path):
     config = parse("", ["--config", str(path)], PixelConfig)
     assert config.model.name == f"pixel_{path.stem.removesuffix('_pixels')}"
-    assert script.complete_model_args(config)["levels"] == timm.get_pretrained_cfg(config.model.name).num_classes
+    assert complete_model_args(config)["levels"] == timm.get_pretrained_cfg(config.model.name).num_classes
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("Command:", "Hardware:", "Time:", "Result:"):
         assert any(line.startswith(f"# {word}") for line in header), f"{path.name} lacks {word}"
@@ -88,7 +75,7 @@ def test_every_config_parses_and_says_what_was_measured(path):
         (["--pictures.count", "0"], "pictures.count must be at least 1, got 0"),
         (["--pictures.temperature", "0"], "pictures.temperature must be positive, got 0.0"),
         (["--optim.accumulate", "5"], "batch_size must be a multiple of optim.accumulate = 5, got 96"),
-        (["--resume", "a", "--eval", "b"], "resume and eval exclude each other"),
+        (["--resume", "a", "--eval", "b"], "resume, eval and dry_run exclude each other"),
     ],
 )
 def test_bad_options_exit_with_code_2_and_their_name(argv, named, capsys):
@@ -162,50 +149,16 @@ def test_digits_in_a_process_of_its_own(tmp_path):
     for part in bits:
         assert math.log2(17) > part[0] > part[1] > part[2] > 1.8
     drawn = [f"{kind}-000{epoch}.png" for kind in ("completions", "samples") for epoch in (2, 3)]
-    assert names(output) == ["best.pt", *drawn[:2], "last.pt", "log.csv", *drawn[2:]]
+    assert names(output) == ["best.pt", "best.safetensors", *drawn[:2], "last.pt", "log.csv", *drawn[2:]]
     assert Image.open(output / drawn[0]).size == Image.open(output / drawn[2]).size[:1] + (3 * 68 + 4,)
 
     ckpt = checkpoint.load(output / "best.pt")
     model = timm.create_model(ckpt["model"], **ckpt["model_args"]).eval()
     model.load_state_dict(ckpt["ema"] or ckpt["state_dict"])
-    assert ckpt["data"] == {"input_size": [1, 8, 8], "levels": 17} and ckpt["epoch"] == 3
+    assert ckpt["data"]["input_size"] == [1, 8, 8] and ckpt["data"]["levels"] == 17 and ckpt["epoch"] == 3
     images = torch.stack([integers(8)(image) for image, _ in Digits(train=False, raw=True)])
     with torch.no_grad():
         assert model.bits_per_dim(images).item() == pytest.approx(ckpt["metrics"]["bits_per_dim"], rel=1e-5)
-
-
-def test_a_run_that_was_stopped_goes_on_exactly(tmp_path, monkeypatch, capsys):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert script.main([*RICH, "--output", str(whole)]) == 0
-
-    save = checkpoint.save
-
-    def stop_in_epoch_2(path, **contents):
-        if contents["epoch"] == 2:
-            raise KeyboardInterrupt
-        save(path, **contents)
-
-    monkeypatch.setattr(checkpoint, "save", stop_in_epoch_2)
-    with pytest.raises(KeyboardInterrupt):
-        script.main([*RICH, "--output", str(stopped)])
-    monkeypatch.setattr(checkpoint, "save", save)
-    torch.manual_seed(99)
-    resume = ["--resume", str(stopped / "last.pt"), "--recompute", "true"]
-    assert script.main([*RICH, "--output", str(stopped), *resume]) == 0
-
-    a, b = (checkpoint.load(output / "last.pt") for output in (whole, stopped))
-    assert a["epoch"] == b["epoch"] == 2 and a["step"] == b["step"] == 28 and a["metrics"] == b["metrics"]
-    for kind in ("state_dict", "ema"):
-        assert all(torch.equal(a[kind][name], b[kind][name]) for name in a[kind]), kind
-    log = [[list(row.values())[:5] for row in rows(output)] for output in (whole, stopped)]
-    assert len(log[0]) == 2 and log[0] == log[1]
-    for name in ("samples-0002.png", "completions-0002.png"):
-        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
-
-    resume = ["--resume", str(whole / "last.pt"), "--output", str(tmp_path / "other")]
-    assert "holds pixel_digits {" in refused([*FAST, *resume, "--optim.ema", "0.9"], capsys)
-    assert "optim.ema is None, but" in refused([*RICH, *resume, "--optim.ema", "null"], capsys)
-    assert "holds a run already: go on with --resume" in refused([*RICH, "--output", str(whole)], capsys)
 
 
 def test_evaluation_repeats_the_bits_of_the_checkpoint_and_meets_targets(tmp_path, capsys):
@@ -213,7 +166,7 @@ def test_evaluation_repeats_the_bits_of_the_checkpoint_and_meets_targets(tmp_pat
     assert script.main(run) == 0
     path = tmp_path / "run" / "best.pt"
     bits = checkpoint.load(path)["metrics"]["bits_per_dim"]
-    assert names(path.parent) == ["best.pt", "last.pt", "log.csv"]  # no pictures by default
+    assert names(path.parent) == ["best.pt", "best.safetensors", "last.pt", "log.csv"]  # no pictures by default
     capsys.readouterr()
     assert script.main(["--eval", str(path), "--output", str(tmp_path / "none"), "--batch_size", "77"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"bits_per_dim {bits:.4f}"
@@ -238,7 +191,7 @@ def test_colour_images_of_a_folder_in_two_streams(tmp_path):
     argv += ["--pictures.every", "1", "--pictures.count", "9", "--output", str(tmp_path / "run")]
     assert script.main(argv) == 0
     ckpt = checkpoint.load(tmp_path / "run" / "last.pt")
-    assert ckpt["data"] == {"input_size": [3, 5, 5], "levels": 256} and ckpt["step"] == 2
+    assert ckpt["data"]["input_size"] == [3, 5, 5] and ckpt["data"]["levels"] == 256 and ckpt["step"] == 2
     assert ckpt["metrics"]["bits_per_dim"] == pytest.approx(8, abs=0.2)
     assert ckpt["state_dict"]["head.weight"].dtype == torch.float32
     assert Image.open(tmp_path / "run" / "completions-0001.png").size[0] == 4 * (65 + 4) + 4  # all 4 test images
@@ -256,7 +209,7 @@ def test_compiled_models_save_plain_names(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_ends_the_run_with_code_1(tmp_path, capsys):
     argv = [*FAST, "--epochs", "2", "--optim.lr", "1e30", "--optim.warmup_epochs", "0", "--output", str(tmp_path)]
     assert script.main(argv) == 1
-    assert "error: the loss is nan" in capsys.readouterr().err
+    assert re.match(r"error: the (loss|gradient norm) is (nan|inf) at step", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

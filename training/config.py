@@ -5,13 +5,13 @@ is allowed. Types and unknown names are checked before that, by the parser.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 
-def _check(name: str, value, ok: bool, allowed: str):
+def check(name: str, value, ok: bool, allowed: str):
     if not ok:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
@@ -67,17 +67,17 @@ class DataConfig:
 
     def __post_init__(self):
         kind = self.name.partition("/")[0]
-        _check(
+        check(
             "data.name",
             self.name,
             kind in ("digits", "cifar10", "cifar100", "folder", "hfds", "wds"),
             "digits, cifar10, cifar100, folder, hfds/NAME or wds",
         )
-        _check("data.name", self.name, kind != "hfds" or len(self.name) > len("hfds/"), "hfds/NAME, with a name")
-        _check("data.num_classes", self.num_classes, self.num_classes is None or self.num_classes >= 2, "at least 2")
-        _check("data.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "at least 1")
-        _check("data.crop_pct", self.crop_pct, self.crop_pct is None or 0 < self.crop_pct <= 1, "in (0, 1]")
-        _check("data.workers", self.workers, self.workers >= 0, "0 or more")
+        check("data.name", self.name, kind != "hfds" or len(self.name) > len("hfds/"), "hfds/NAME, with a name")
+        check("data.num_classes", self.num_classes, self.num_classes is None or self.num_classes >= 2, "at least 2")
+        check("data.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "at least 1")
+        check("data.crop_pct", self.crop_pct, self.crop_pct is None or 0 < self.crop_pct <= 1, "in (0, 1]")
+        check("data.workers", self.workers, self.workers >= 0, "0 or more")
 
 
 @dataclass
@@ -109,11 +109,11 @@ class AugmentConfig:
 
     def __post_init__(self):
         for name in ("hflip", "erase"):
-            _check(f"augment.{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "a probability in 0..1")
+            check(f"augment.{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "a probability in 0..1")
         for name in ("color_jitter", "mixup", "cutmix"):
-            _check(f"augment.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _check("augment.min_area", self.min_area, 0 < self.min_area <= 1, "in (0, 1]")
-        _check("augment.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
+            check(f"augment.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        check("augment.min_area", self.min_area, 0 < self.min_area <= 1, "in (0, 1]")
+        check("augment.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
 
 
 @dataclass
@@ -145,42 +145,44 @@ class OptimConfig:
     ema: float | None = None
 
     def __post_init__(self):
-        _check("optim.lr", self.lr, self.lr > 0, "positive")
-        _check("optim.min_lr", self.min_lr, 0 <= self.min_lr <= self.lr, "in 0..optim.lr")
-        _check("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
-        _check("optim.warmup_epochs", self.warmup_epochs, self.warmup_epochs >= 0, "0 or more")
-        _check("optim.accumulate", self.accumulate, self.accumulate >= 1, "at least 1")
-        _check("optim.clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "positive")
-        _check("optim.ema", self.ema, self.ema is None or 0 <= self.ema < 1, "in [0, 1)")
+        check("optim.lr", self.lr, self.lr > 0, "positive")
+        check("optim.min_lr", self.min_lr, 0 <= self.min_lr <= self.lr, "in 0..optim.lr")
+        check("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        check("optim.warmup_epochs", self.warmup_epochs, self.warmup_epochs >= 0, "0 or more")
+        check("optim.accumulate", self.accumulate, self.accumulate >= 1, "at least 1")
+        check("optim.clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "positive")
+        check("optim.ema", self.ema, self.ema is None or 0 <= self.ema < 1, "in [0, 1)")
 
 
 @dataclass
-class Config:
-    """The run.
+class RunConfig:
+    """What every run has.
 
     Args:
         model: the network.
-        data: the images.
-        augment: augmentation of training images.
         optim: optimizer and schedule.
         epochs: passes over the training images.
-        batch_size: images of one optimizer step.
+        batch_size: images of one optimizer step, over all processes.
         seed: of everything random.
         device: auto (cuda if there is one), or a torch device such as cpu, cuda, cuda:1.
         threads: CPU threads of the main process; null leaves torch's choice.
         bf16: forward passes under bfloat16 autocast.
-        channels_last: keep images channels-last in memory.
         compile: compile the model with torch.compile.
-        output: folder for log.csv, last.pt and best.pt.
+        parallel: with several processes, what they share: ddp averages gradients; fsdp also spreads weights, gradients
+            and optimizer state.
+        sync_bn: BatchNorm over the images of all processes; CUDA only.
+        max_bad: largest share of an epoch's training images that may be unreadable; each is replaced by another.
+        output: folder for log.csv, checkpoints and the rest.
         overwrite: allow a new run in an output folder that already holds one.
-        resume: checkpoint to go on from, at the end of its epoch.
+        save_every: optimizer steps from one checkpoint to the next within an epoch; null saves at its end only.
+        keep: checkpoints to keep, the newest ones; the best is kept beside them.
+        tensorboard: also write the log for TensorBoard.
+        resume: checkpoint to go on from, or auto: the newest good one in output, none if there is none.
         eval: checkpoint to evaluate; trains nothing.
-        target_top1: exit with code 1 if the best top-1 accuracy, in percent, stays below this.
+        dry_run: print the configuration and what an epoch would take; trains and writes nothing.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     epochs: int = 10
     batch_size: int = 128
@@ -188,43 +190,87 @@ class Config:
     device: str = "auto"
     threads: int | None = None
     bf16: bool = False
-    channels_last: bool = True
     compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    sync_bn: bool = False
+    max_bad: float = 0.001
     output: str = "runs/default"
     overwrite: bool = False
+    save_every: int | None = None
+    keep: int = 2
+    tensorboard: bool = False
     resume: str | None = None
     eval: str | None = None
-    target_top1: float | None = None
+    dry_run: bool = False
 
     def __post_init__(self):
         passes = self.optim.accumulate
-        _check("epochs", self.epochs, self.epochs >= 1, "at least 1")
-        _check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        _check("threads", self.threads, self.threads is None or self.threads >= 1, "at least 1")
+        check("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        check("threads", self.threads, self.threads is None or self.threads >= 1, "at least 1")
         allowed = f"a multiple of optim.accumulate = {passes}"
-        _check("batch_size", self.batch_size, self.batch_size % passes == 0, allowed)
+        check("batch_size", self.batch_size, self.batch_size % passes == 0, allowed)
+        check("max_bad", self.max_bad, 0 <= self.max_bad <= 1, "a share in 0..1")
+        check("save_every", self.save_every, self.save_every is None or self.save_every >= 1, "at least 1")
+        check("keep", self.keep, self.keep >= 1, "at least 1")
+        if sum(map(bool, (self.resume, self.eval, self.dry_run))) > 1:
+            raise ValueError("resume, eval and dry_run exclude each other")
+
+
+@dataclass
+class Config(RunConfig):
+    """A run that trains a classifier.
+
+    Args:
+        data: the images.
+        augment: augmentation of training images.
+        channels_last: keep images channels-last in memory.
+        target_top1: exit with code 1 if the best top-1 accuracy, in percent, stays below this.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    channels_last: bool = True
+    target_top1: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        passes = self.optim.accumulate
         if self.augment.mixup or self.augment.cutmix:
             allowed = f"a multiple of 2 × optim.accumulate = {2 * passes} for mixup and cutmix, which pair images"
-            _check("batch_size", self.batch_size, self.batch_size % (2 * passes) == 0, allowed)
-        if self.resume and self.eval:
-            raise ValueError("resume and eval exclude each other")
+            check("batch_size", self.batch_size, self.batch_size % (2 * passes) == 0, allowed)
 
 
 def parse(description: str, argv: list[str] | None = None, kind: type = Config):
     """The `kind` of the command line `argv` (default: this process's), on top of any --config FILE in it.
 
+    Options may be written with - for _, and those that are true or false without a value.
     Exits with code 2 and one line that names it for an unknown name, a wrong type or a bad value.
     """
     parser = ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
     parser.add_class_arguments(kind)
-    namespace = parser.parse_args(argv)
+    namespace = parser.parse_args(_spelled_out(sys.argv[1:] if argv is None else argv, kind))
     try:
         values = parser.instantiate(namespace)
         values.pop("config")
         return kind(**vars(values))
     except ValueError as error:
         sys.exit(_exit_line(error))
+
+
+def _spelled_out(argv: list[str], kind: type) -> list[str]:
+    """`argv` with _ for - in the names of options, and `true` after a switch without a value."""
+    switches = {f"--{field.name}" for field in fields(kind) if field.type is bool}
+    words = []
+    for word, following in zip(argv, [*argv[1:], "--"]):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        words.append(word)
+        if word in switches and following.startswith("--"):
+            words.append("true")
+    return words
 
 
 def _exit_line(error: Exception) -> int:

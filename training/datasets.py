@@ -1,13 +1,14 @@
-"""Datasets by name, as pairs (PIL image, class index)."""
+"""Datasets by name, as pairs (PIL image, class index); name(index) tells of an image where it is."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from training.config import DataConfig
+from training.shards import Shards
 
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 DIGITS_SPLIT = dict(test_size=360, random_state=0)
@@ -45,13 +46,46 @@ class Digits(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
+    def name(self, index: int) -> str:
+        return f"digits {index}"
+
+
+class Read(Dataset):
+    """What a reader of timm finds; unlike timm's own dataset it raises for a file it can't read."""
+
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, target = self.reader[index]
+        return Image.open(file), target
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def name(self, index: int) -> str:
+        return self.reader.filename(index, absolute=True) or f"image {index}"
+
+
+class Held(Dataset):
+    """A dataset of torchvision that holds its images in memory."""
+
+    def __init__(self, dataset: Dataset, title: str):
+        self.dataset, self.title = dataset, title
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"{self.title} {index}"
+
 
 def create_datasets(
-    config: DataConfig,
-    in_chans: int = 3,
-    batch_size: int = 1,
-    seed: int = 0,
-) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset, list[str]]:
+    config: DataConfig, in_chans: int = 3, seed: int = 0, processes: int = 1
+) -> tuple[Dataset | Shards, Dataset | Shards, list[str]]:
     """The training set, the validation set, and the names of their classes.
 
     digits            see Digits
@@ -60,11 +94,13 @@ def create_datasets(
     hfds/NAME         what datasets.load_dataset(NAME) gives: a name on the Hub, or a local folder of parquet files or
                       images (what Dataset.save_to_disk wrote is not such a folder; what Dataset.to_parquet wrote is)
     wds               shards under config.dir, splits named by _info.json or as 'train-{0000..0009}.tar|IMAGE_COUNT';
-                      the order of the images depends on the number of workers, which must not exceed that of the shards
+                      the order of the images depends on the numbers of processes and workers, of which there must not
+                      be more than shards
 
     Args:
         in_chans: 3 reads colour images, 1 grey ones.
-        batch_size, seed: hints for wds.
+        seed: of the order of shards.
+        processes: that divide the shards.
 
     Raises:
         ValueError: if the data are not there, are not what config says, or have fewer than two classes.
@@ -76,13 +112,15 @@ def create_datasets(
     else:
         kind = config.name.partition("/")[0]
         source = {"cifar10": _cifar, "cifar100": _cifar, "folder": _folder, "hfds": _hfds, "wds": _wds}[kind]
-        reading = dict(input_img_mode="L" if in_chans == 1 else "RGB", batch_size=batch_size, seed=seed)
         try:
-            train, val, classes = source(config, reading)
+            train, val, classes = source(config)
+            if kind == "wds":
+                _spread(train, config, processes)
+                train.seed = seed
         except (OSError, RuntimeError, AssertionError) as error:  # all three are raised by readers for missing data
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"data.name {config.name}, data.dir {config.dir}: {reason}") from error
-    if not isinstance(val, IterableDataset) and len(val) == 0:
+    if len(val) == 0:
         raise ValueError(f"data.dir {config.dir} has no validation images")
     if len(classes) < 2:
         raise ValueError(f"data.dir {config.dir} must have at least 2 classes, has {len(classes)}: {classes}")
@@ -100,16 +138,16 @@ def _directory(config: DataConfig) -> Path:
     return path
 
 
-def _cifar(config, reading):
+def _cifar(config):
     root = _directory(config)
     train, val = (
         create_dataset(f"torch/{config.name}", root=root, split=split, download=config.download)
         for split in ("train", "val")
     )
-    return train, val, list(train.classes)
+    return Held(train, f"{config.name} train"), Held(val, f"{config.name} test"), list(train.classes)
 
 
-def _folder(config, reading):
+def _folder(config):
     root = _directory(config)
 
     def split(kind, **kwargs):
@@ -118,57 +156,55 @@ def _folder(config, reading):
         found = [root / name for name in names if (root / name).is_dir()]
         if not found:
             raise ValueError(f"data.dir {root} has no folder {' or '.join(names)}")
-        return create_dataset("", root=found[0], search_split=False, **reading, **kwargs)
+        return create_dataset("", root=found[0], search_split=False, **kwargs).reader
 
     train = split("train")
-    class_to_idx = train.reader.class_to_idx
-    extra = sorted(set(split("val").reader.class_to_idx) - set(class_to_idx))
+    class_to_idx = train.class_to_idx
+    extra = sorted(set(split("val").class_to_idx) - set(class_to_idx))
     if extra:
         raise ValueError(f"data.dir {root}: validation has classes that training lacks: {', '.join(extra)}")
-    return train, split("val", class_map=class_to_idx), list(class_to_idx)
+    return Read(train), Read(split("val", class_map=class_to_idx)), list(class_to_idx)
 
 
-def _hfds(config, reading):
+def _hfds(config):
     train, val = (
         create_dataset(
-            config.name,
-            root=config.dir,
-            split=split,
-            input_key=config.input_key,
-            target_key=config.target_key,
-            **reading,
-        )
+            config.name, root=config.dir, split=split, input_key=config.input_key, target_key=config.target_key
+        ).reader
         for split in (config.train_split or "train", config.val_split or "validation")
     )
-    class_to_idx = train.reader.class_to_idx
+    class_to_idx = train.class_to_idx
     if not class_to_idx:  # labels are plain numbers
-        labels = train.reader.dataset.unique(config.target_key or "label")
+        labels = train.dataset.unique(config.target_key or "label")
         class_to_idx = {str(label): label for label in range(max(labels) + 1)}
-    return train, val, sorted(class_to_idx, key=class_to_idx.get)
+    return Read(train), Read(val), sorted(class_to_idx, key=class_to_idx.get)
 
 
-def _wds(config, reading):
+def _wds(config):
     root = _directory(config)
     if config.num_classes is None:
         raise ValueError("data.num_classes must be given for data.name wds")
-    train, val = (
-        create_dataset(
-            "wds/",
-            root=str(root),
-            split=split,
-            is_training=training,
-            input_key=config.input_key,
-            target_key=config.target_key,
-            **reading,
-        )
-        for split, training in ((config.train_split or "train", True), (config.val_split or "validation", False))
-    )
-    shards = train.reader.split_info.filenames
-    missing = [name for name in (*shards, *val.reader.split_info.filenames) if not (root / name).is_file()]
-    if missing:
-        raise ValueError(f"data.dir {root} has no shard {', '.join(missing)}")
-    if config.workers > len(shards):
-        raise ValueError(
-            f"data.workers must not exceed the {len(shards)} training shards of {root}, got {config.workers}"
-        )
+
+    def split(name, training):
+        reader = create_dataset("wds/", root=str(root), split=name, is_training=training).reader
+        paths = [root / file for file in reader.split_info.filenames]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise ValueError(f"data.dir {root} has no shard {', '.join(missing)}")
+        if not reader.num_samples:
+            raise ValueError(f"data.dir {root}: say how many images {name} has, as in {name}|IMAGE_COUNT")
+        keys = tuple((config.input_key or "jpg;jpeg;png;webp").split(";"))
+        return Shards(paths, reader.num_samples, keys, config.target_key, shuffle=training)
+
+    train, val = split(config.train_split or "train", True), split(config.val_split or "validation", False)
     return train, val, [str(index) for index in range(config.num_classes)]
+
+
+def _spread(train, config, processes):
+    """Refuse more readers than shards: one of them would have nothing to read."""
+    readers = max(config.workers, 1) * processes
+    if readers > len(train.paths):
+        raise ValueError(
+            f"data.workers × processes must not exceed the {len(train.paths)} training shards of {config.dir}, "
+            f"got {max(config.workers, 1)} × {processes}"
+        )

@@ -1,32 +1,25 @@
-"""The log of a run: a CSV file with one row for each epoch."""
+"""Tables of a run, as CSV files that are whole at any moment."""
 
 import csv
+import io
 from pathlib import Path
 
-COLUMNS = ("epoch", "step", "lr", "train_loss", "loss", "top1", "top5", "images_per_second", "seconds")
+from training.checkpoint import write_text
 
 
-class CsvLog:
-    """Rows of `columns` in the file `path`, on disk as soon as they are written.
+def write_rows(path: str | Path, rows: list[dict]):
+    """Write a table; its columns are the names in the first row. Numbers get six digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+    write_text(Path(path), text.getvalue())
 
-    Args:
-        epochs: rows of an earlier part of the run to keep; later ones are dropped. 0 starts a new file.
-        columns: names, `epoch` among them.
-    """
 
-    def __init__(self, path: str | Path, epochs: int = 0, columns: tuple[str, ...] = COLUMNS):
-        rows = []
-        if epochs and Path(path).exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= epochs]
-        self.path, self.columns = path, columns
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def write(self, **row):
-        """Append one row; its names must be the columns."""
-        row = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a table, as text; none if there is no such file."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))

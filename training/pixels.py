@@ -1,21 +1,22 @@
-"""Pixel models: what a run is, images as integers, how well they are predicted, and pictures of what is drawn."""
+"""Pixel models as a task: images as integers, bits per dimension, and pictures of what is drawn."""
 
 import math
-from contextlib import nullcontext
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import timm
 import torch
-from timm.utils import AverageMeter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 from torchvision.utils import make_grid, save_image
-from tqdm import tqdm
 
-from training.config import DataConfig, ModelConfig, OptimConfig, _check
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, check
 from training.datasets import Digits, create_datasets
-from training.loader import Batches
+from training.distributed import Processes
+from training.run import Task
+from training.seeding import seed_of
 from training.transforms import eval_transform
 
 LEVELS = {"digits": 17, "cifar10": 256, "folder": 256}
@@ -42,11 +43,11 @@ class ImageConfig:
     workers: int = 0
 
     def __post_init__(self):
-        _check("data.name", self.name, self.name in LEVELS, "digits, cifar10 or folder")
-        _check("data.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "at least 1")
+        check("data.name", self.name, self.name in LEVELS, "digits, cifar10 or folder")
+        check("data.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "at least 1")
         if self.name == "digits":
-            _check("data.img_size", self.img_size, self.img_size in (None, 8), "8 for digits, whose pixels are counts")
-        _check("data.workers", self.workers, self.workers >= 0, "0 or more")
+            check("data.img_size", self.img_size, self.img_size in (None, 8), "8 for digits, whose pixels are counts")
+        check("data.workers", self.workers, self.workers >= 0, "0 or more")
 
 
 @dataclass
@@ -66,10 +67,10 @@ class PicturesConfig:
     top_k: int | None = None
 
     def __post_init__(self):
-        _check("pictures.every", self.every, self.every >= 0, "0 or more")
-        _check("pictures.count", self.count, self.count >= 1, "at least 1")
-        _check("pictures.temperature", self.temperature, self.temperature > 0, "positive")
-        _check("pictures.top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
+        check("pictures.every", self.every, self.every >= 0, "0 or more")
+        check("pictures.count", self.count, self.count >= 1, "at least 1")
+        check("pictures.temperature", self.temperature, self.temperature > 0, "positive")
+        check("pictures.top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
 
 
 def _adamw() -> OptimConfig:
@@ -77,56 +78,107 @@ def _adamw() -> OptimConfig:
 
 
 @dataclass
-class PixelConfig:
-    """The run.
+class PixelConfig(RunConfig):
+    """A run that trains a pixel model: a network with values (images as integers in the order it models them).
 
     Args:
-        model: the network; one with bits_per_dim and generate.
         data: the images.
-        optim: optimizer and schedule.
         pictures: drawn while it trains.
-        epochs: passes over the training images.
-        batch_size: images of one optimizer step.
-        seed: of everything random.
-        device: auto (cuda if there is one), or a torch device such as cpu, cuda, cuda:1.
-        threads: CPU threads of the main process; null leaves torch's choice.
-        bf16: forward passes under bfloat16 autocast.
-        compile: compile the model with torch.compile.
         recompute: compute activations again in the backward pass instead of keeping them.
-        output: folder for log.csv, last.pt, best.pt and pictures.
-        overwrite: allow a new run in an output folder that already holds one.
-        resume: checkpoint to go on from, at the end of its epoch.
-        eval: checkpoint to evaluate; trains nothing.
         target_bits: exit with code 1 if the best test bits per dimension stay above this.
     """
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig("pixel_digits"))
-    data: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=_adamw)
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
     epochs: int = 36
     batch_size: int = 96
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
-    bf16: bool = False
-    compile: bool = False
-    recompute: bool = False
     output: str = "runs/pixels"
-    overwrite: bool = False
-    resume: str | None = None
-    eval: str | None = None
+    data: ImageConfig = field(default_factory=ImageConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    recompute: bool = False
     target_bits: float | None = None
 
-    def __post_init__(self):
-        passes = self.optim.accumulate
-        _check("epochs", self.epochs, self.epochs >= 1, "at least 1")
-        _check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        _check("threads", self.threads, self.threads is None or self.threads >= 1, "at least 1")
-        allowed = f"a multiple of optim.accumulate = {passes}"
-        _check("batch_size", self.batch_size, self.batch_size % passes == 0, allowed)
-        if self.resume and self.eval:
-            raise ValueError("resume and eval exclude each other")
+
+class Pixels(Task):
+    """Images as integers, each value predicted from those before it; the best checkpoint has the fewest bits."""
+
+    best_of, sign = "bits_per_dim", -1
+
+    def __init__(self, config: PixelConfig, processes: Processes, saved: dict | None = None):
+        self.config, self.processes = config, processes
+        self.levels = LEVELS[config.data.name]
+        if saved and saved["model_args"].get("levels") != self.levels:
+            has = f"{config.data.name} has {self.levels}"
+            raise ValueError(f"{config.eval} holds a model of {saved['model_args'].get('levels')} levels, {has}")
+        self.model_args = saved["model_args"] if saved else complete_model_args(config)
+        self.train_set, self.val_set = create_images(config.data, self.model_args["in_chans"])
+
+    def data(self, model: nn.Module) -> dict:
+        """Size and levels; mean and std leave integers as they are."""
+        model.set_grad_checkpointing(self.config.recompute)
+        channels, size = self.model_args["in_chans"], self.model_args["img_size"]
+        scale = dict(mean=[0.0] * channels, std=[1.0] * channels)
+        return dict(input_size=[channels, size, size], levels=self.levels, **scale)
+
+    def transforms(self, data: dict) -> tuple:
+        size = data["input_size"][-1]
+        return integers(size), integers(size)
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Bits per dimension."""
+        return model.bits_per_dim(images)
+
+    def measure(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"bits_per_dim": model.bits_per_dim(images)}
+
+    def columns(self, train_loss: float, metrics: dict[str, float]) -> dict[str, float]:
+        return {"train_bits": train_loss, "test_bits": metrics["bits_per_dim"]}
+
+    def title(self, data: dict) -> str:
+        return f"{self.levels} levels"
+
+    def told(self, row: dict) -> str:
+        return f"train {row['train_bits']:.3f}  test {row['test_bits']:.3f} bits/dim"
+
+    def missed(self, best: float) -> str | None:
+        target = self.config.target_bits
+        if target is None or best <= target:
+            return None
+        return f"{best:.3f} bits per dimension are above the target {target:.3f}"
+
+    def draw(self, run):
+        """Write samples and completions; what is drawn depends on (seed, epoch) alone."""
+        pictures, epoch = self.config.pictures, run.epoch
+        if not pictures.every or (epoch % pictures.every and epoch != self.config.epochs):
+            return
+        model, device = run.state.evaluated, self.processes.device
+        generator = torch.Generator(device).manual_seed(seed_of("draw", self.config.seed, epoch))
+        progress = self.processes.main and sys.stderr.isatty()
+        options = dict(temperature=pictures.temperature, top_k=pictures.top_k, generator=generator, progress=progress)
+        samples = model.generate(pictures.count, **options)
+
+        count = min(pictures.count, len(self.val_set))
+        whole = torch.stack([run.val_batches.samples[0, i][0] for i in range(count)]).to(device)
+        rows = whole.shape[-2] // 2
+        given = whole.clone()
+        given[..., rows:, :] = self.levels // 2
+        done = model.generate(whole, rows, **options)
+        if self.processes.main:
+            save_pictures(run.output / f"samples-{epoch:04d}.png", list(samples.split(8)), self.levels)
+            save_pictures(run.output / f"completions-{epoch:04d}.png", [given, done, whole], self.levels)
+
+
+def complete_model_args(config: PixelConfig) -> dict:
+    """The arguments of timm.create_model: those of the configuration, and what follows from the data."""
+    data = config.data
+    published = timm.get_pretrained_cfg(config.model.name)
+    size = data.img_size or SIZES[data.name] or (published and published.input_size[-1])
+    follows = {"img_size": size, "levels": LEVELS[data.name]}
+    args = {"in_chans": 1 if data.name == "digits" else 3} | follows | config.model.args
+    for key, value in follows.items():
+        if args[key] != value:
+            raise ValueError(f"model.args.{key} is {args[key]}, but {data.name} has {value}")
+    return args
 
 
 def create_images(config: ImageConfig, in_chans: int) -> tuple[Dataset, Dataset]:
@@ -147,26 +199,6 @@ def create_images(config: ImageConfig, in_chans: int) -> tuple[Dataset, Dataset]
 def integers(img_size: int) -> Compose:
     """Transform of a PIL image to int64 (C, img_size, img_size), values as they are; larger images are averaged."""
     return Compose([*eval_transform((img_size, img_size), "box").transforms, torch.Tensor.long])
-
-
-@torch.no_grad()
-def evaluate_bits(model: torch.nn.Module, batches: Batches, autocast=nullcontext()) -> dict[str, float]:
-    """Mean bits per dimension over all images: {'bits_per_dim'}.
-
-    Raises:
-        FloatingPointError: if they are not finite.
-    """
-    model.eval()
-    meter = AverageMeter()
-    with tqdm(total=batches.num_images, desc="evaluate", unit=" images", leave=False, disable=None) as bar:
-        for images, _ in batches.epoch():
-            with autocast:
-                bits = model.bits_per_dim(images)
-            meter.update(bits.item(), len(images))
-            bar.update(len(images))
-    if not math.isfinite(meter.avg):
-        raise FloatingPointError(f"the loss is {meter.avg} on the test images")
-    return {"bits_per_dim": meter.avg}
 
 
 def save_pictures(path: Path, rows: list[Tensor], levels: int, side: int = 64):

@@ -1,6 +1,7 @@
 """What every run is set up from: device, model, optimizer and schedule. Bad input raises ValueError that names it."""
 
 import difflib
+import os
 
 import timm
 import torch
@@ -8,8 +9,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
-from training.config import OptimConfig
-from training.engine import State
+from training.config import RunConfig
+from training.distributed import Processes, average_gradients, shard
+from training.engine import Objective, State
 
 
 def find_device(name: str) -> torch.device:
@@ -34,8 +36,17 @@ def create_model(name: str, args: dict, pretrained: bool = False) -> torch.nn.Mo
         raise ValueError(f"model {name} {args}: {first_line(error)}{hint}") from error
 
 
-def create_state(optim: OptimConfig, model: torch.nn.Module, epochs: int, steps_per_epoch: int) -> State:
+def create_state(config: RunConfig, model: torch.nn.Module, loss, steps_per_epoch: int, processes: Processes) -> State:
     """A training state at step 0; ValueError for an optimizer or an option of it that timm does not know."""
+    optim = config.optim
+    spread = config.parallel == "fsdp" and "LOCAL_RANK" in os.environ
+    ema = ModelEmaV3(model, decay=optim.ema, use_warmup=True) if optim.ema is not None else None
+    for network in (model, ema.module) if ema else (model,):
+        if spread:
+            shard(network, processes)
+        if config.compile:
+            network.compile()
+    objective = Objective(model, loss)
     try:
         optimizer = create_optimizer_v2(
             model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum, **optim.args
@@ -45,7 +56,7 @@ def create_state(optim: OptimConfig, model: torch.nn.Module, epochs: int, steps_
     scheduler, _ = create_scheduler_v2(
         optimizer,
         "cosine",
-        num_epochs=epochs,
+        num_epochs=config.epochs,
         warmup_epochs=optim.warmup_epochs,
         warmup_lr=optim.lr / 100,
         min_lr=optim.min_lr,
@@ -53,8 +64,7 @@ def create_state(optim: OptimConfig, model: torch.nn.Module, epochs: int, steps_
         updates_per_epoch=steps_per_epoch,
     )
     scheduler.step_update(0)
-    ema = ModelEmaV3(model, decay=optim.ema, use_warmup=True) if optim.ema is not None else None
-    return State(model, optimizer, scheduler, ema)
+    return State(model, objective if spread else average_gradients(objective, processes), optimizer, scheduler, ema)
 
 
 def first_line(error: Exception) -> str:

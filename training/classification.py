@@ -1,0 +1,114 @@
+"""Classification as a task: datasets by name, augmentation, cross-entropy, top-1 and top-5 accuracy."""
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup, resolve_data_config
+from timm.utils import accuracy
+from torch import Tensor, nn
+
+from training.config import Config
+from training.datasets import create_datasets
+from training.distributed import Processes
+from training.run import Task
+from training.transforms import eval_transform, train_transform
+
+
+class Classification(Task):
+    """Images of classes; the best checkpoint has the highest top-1 accuracy."""
+
+    best_of, sign = "top1", 1
+
+    def __init__(self, config: Config, processes: Processes, saved: dict | None = None):
+        self.config = config
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        given = saved["model_args"] if saved else config.model.args
+        self.in_chans = given.get("in_chans", 3)
+        self.train_set, self.val_set, self.classes = create_datasets(
+            config.data, self.in_chans, config.seed, processes.size
+        )
+        self.num_classes = len(self.classes)
+        if saved and saved["data"]["class_names"] != self.classes:
+            known = saved["data"]["class_names"]
+            raise ValueError(f"{config.eval} knows the classes {known}, the data have {self.classes}")
+        self.model_args = given if saved else complete_model_args(config, self.num_classes, self.in_chans)
+        augment = config.augment
+        self.mixup = None
+        if augment.mixup or augment.cutmix:
+            smoothing = dict(label_smoothing=augment.label_smoothing, num_classes=self.num_classes)
+            self.mixup = Mixup(augment.mixup, augment.cutmix, **smoothing)
+
+    def data(self, model: nn.Module) -> dict:
+        """mean, std, input_size, interpolation, crop_pct, of the configuration, else of the model; class_names."""
+        config, in_chans = self.config, self.in_chans
+        known = resolve_data_config(model=model)
+        size = config.data.img_size or config.model.args.get("img_size") or known["input_size"][1:]
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        resolved = dict(
+            input_size=[in_chans, height, width],
+            interpolation=known["interpolation"],
+            crop_pct=config.data.crop_pct or known["crop_pct"],
+            class_names=self.classes,
+        )
+        for key in ("mean", "std"):
+            values = list(getattr(config.data, key) or known[key])
+            if in_chans == 1 and len(values) == 3 and getattr(config.data, key) is None:
+                values = [sum(values) / 3]
+            if len(values) != in_chans:
+                raise ValueError(f"data.{key} must have {in_chans} values, one per channel, got {values}")
+            resolved[key] = values
+        return resolved
+
+    def transforms(self, data: dict) -> tuple:
+        size, interpolation = data["input_size"][1:], data["interpolation"]
+        return (
+            train_transform(self.config.augment, size, data["mean"], data["std"], interpolation),
+            eval_transform(size, interpolation, data["crop_pct"]),
+        )
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy, with mixup, cutmix and label smoothing as configured."""
+        smoothing = self.config.augment.label_smoothing
+        if self.mixup:
+            images, targets = self.mixup(images, targets)
+            smoothing = 0.0  # mixup's targets are smooth already
+        return F.cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
+
+    def measure(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy, and accuracy in percent; with fewer than five classes top5 counts all of them."""
+        logits = model(images).float()
+        top1, top5 = accuracy(logits, targets, topk=(1, 5))
+        return {"loss": F.cross_entropy(logits, targets), "top1": top1, "top5": top5}
+
+    def columns(self, train_loss: float, metrics: dict[str, float]) -> dict[str, float]:
+        return {"train_loss": train_loss, **{name: metrics[name] for name in ("loss", "top1", "top5")}}
+
+    def title(self, data: dict) -> str:
+        return f"{self.num_classes} classes"
+
+    def told(self, row: dict) -> str:
+        return (
+            f"train loss {row['train_loss']:.3f}  loss {row['loss']:.3f}  "
+            f"top-1 {row['top1']:.2f}  top-5 {row['top5']:.2f}"
+        )
+
+    def missed(self, best: float) -> str | None:
+        target = self.config.target_top1
+        if target is None or best >= target:
+            return None
+        return f"top-1 accuracy {best:.2f} % is below the target {target:.2f} %"
+
+    def draw(self, run):
+        """Nothing: report.py draws a finished run."""
+
+
+def complete_model_args(config: Config, num_classes: int, in_chans: int) -> dict:
+    """The arguments of timm.create_model: those of the configuration, and what follows from the data."""
+    args = {"num_classes": num_classes, "in_chans": in_chans} | config.model.args
+    if args["num_classes"] != num_classes:
+        given, data = args["num_classes"], config.data.name
+        raise ValueError(f"model.args.num_classes is {given}, but {data} has {num_classes} classes")
+    published = timm.get_pretrained_cfg(config.model.name)
+    if config.data.img_size and published and published.fixed_input_size:
+        args.setdefault("img_size", config.data.img_size)
+    return args

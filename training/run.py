@@ -1,0 +1,557 @@
+"""A run from beginning to end: what is trained is a `Task`, everything else is here.
+
+Where training stands is (epoch, steps within it); with weights, moving average and optimizer state that is all a run
+needs to go on exactly, since everything random follows from where it stands.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training import checkpoint, distributed
+from training.config import RunConfig, parse
+from training.distributed import Processes, load_optimizer, load_weights, whole
+from training.engine import NotFinite, Step, hidden, mean_over, steps
+from training.loader import BadImages, Batches, Samples, StreamSamples
+from training.log import read_rows, write_rows
+from training.seeding import seed_all
+from training.setup import create_model, create_state, find_device
+from training.shards import Shards
+from training.signals import Stop
+
+NOTHING_DONE = {"steps": 0, "loss": 0.0, "bad": 0}  # of an epoch: steps, the sum of their losses, unreadable images
+TRIED = 4  # steps of a dry run
+
+
+class Task:
+    """What is trained: images, a model's arguments, a loss, a measure. Its constructor raises ValueError for bad input.
+
+    Args:
+        config: the run.
+        processes: of the run.
+        saved: the checkpoint to evaluate, or None.
+    """
+
+    best_of: str  # name of the metric that says which checkpoint is best
+    sign: int  # 1: the larger the better; -1: the smaller
+    train_set: object
+    val_set: object
+    model_args: dict  # of timm.create_model, in_chans among them
+    num_classes: int | None = None
+    memory_format = torch.contiguous_format
+
+    def __init__(self, config: RunConfig, processes: Processes, saved: dict | None):
+        raise NotImplementedError
+
+    def data(self, model: nn.Module) -> dict:
+        """What a checkpoint has to know of the images: plain types; mean and std of each channel, input_size, ..."""
+        raise NotImplementedError
+
+    def transforms(self, data: dict) -> tuple:
+        """For training and for evaluation: from PIL image to tensor."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch."""
+        raise NotImplementedError
+
+    def measure(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Means over a batch, `best_of` among them."""
+        raise NotImplementedError
+
+    def columns(self, train_loss: float, metrics: dict[str, float]) -> dict[str, float]:
+        """The numbers of an epoch, as the log has them."""
+        raise NotImplementedError
+
+    def title(self, data: dict) -> str:
+        """What the data are, in two words."""
+        raise NotImplementedError
+
+    def told(self, row: dict) -> str:
+        """The same in a line for people."""
+        raise NotImplementedError
+
+    def missed(self, best: float) -> str | None:
+        """What to say where the best is worse than its target."""
+        raise NotImplementedError
+
+    def draw(self, run: "Training"):
+        """Pictures of the epoch that has just ended. Every process calls it, the main one writes."""
+
+
+def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | None = None) -> int:
+    """Run what the command line `argv` says; returns the exit code."""
+    stop = Stop()
+    try:
+        config = parse(doc.splitlines()[0], argv, kind)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        code = _main(task, config, stop)
+        if code == 0:  # else other processes may not be there to part from
+            distributed.stop()
+        return code
+    finally:
+        stop.restore()
+
+
+def _main(task: type[Task], config: RunConfig, stop: Stop) -> int:
+    try:
+        processes = distributed.start(find_device(config.device))
+        run = (Evaluation if config.eval else Training)(task, config, processes, stop)
+    except (ValueError, OSError) as error:
+        return _refuse(error)
+    try:
+        if config.dry_run:
+            return run.try_out()
+        best = run()
+    except FloatingPointError as error:
+        return _refuse(f"{error}; {run.standing()}", code=1)
+    except (BadImages, OSError) as error:
+        return _refuse(f"{_last_line(error)}; {run.standing()}")
+    missed = best is not None and run.task.missed(best)
+    return _refuse(missed, code=1) if missed else 0
+
+
+def _refuse(error: Exception | str, code: int = 2) -> int:
+    print(f"error: {_last_line(error)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _last_line(error: Exception | str) -> str:
+    """What is wrong in one line: the last, since a loader process's error holds its whole traceback."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+class Run:
+    """What training and evaluation share."""
+
+    def __init__(self, config: RunConfig, processes: Processes, stop: Stop):
+        self.config, self.processes, self.stop = config, processes, stop
+        share = processes.size * config.optim.accumulate
+        if config.batch_size % share:
+            each = f"{processes.size} processes × {config.optim.accumulate} passes"
+            raise ValueError(f"batch_size must be a multiple of {share} ({each}), got {config.batch_size}")
+        self.autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16)
+
+    def create_batches(self, dataset, transform, data: dict, shuffle: bool = False) -> Batches:
+        """Batches of a data set of the task, divided among the processes."""
+        config, task = self.config, self.task
+        samples = StreamSamples if isinstance(dataset, Shards) else Samples
+        return Batches(
+            samples(dataset, transform, task.model_args["in_chans"], config.seed),
+            config.batch_size // (config.optim.accumulate * self.processes.size),
+            data["mean"],
+            data["std"],
+            shuffle=shuffle,
+            multiple=config.optim.accumulate if shuffle else 1,
+            seed=config.seed,
+            workers=config.data.workers,
+            num_classes=task.num_classes,
+            processes=self.processes,
+            memory_format=task.memory_format,
+        )
+
+    def evaluate(self, model: nn.Module) -> dict[str, float] | None:
+        """The metrics over all images to evaluate; None if the run was asked to stop."""
+        return mean_over(
+            model,
+            self.val_batches,
+            self.task.measure,
+            self.autocast,
+            self.processes,
+            together=self.config.parallel == "fsdp" and self.processes.size > 1,
+            asked_to_stop=lambda: self.stop.reason is not None,
+        )
+
+    def standing(self) -> str:
+        """What there is to go on from."""
+        return "nothing was written"
+
+    def say(self, line: str):
+        """Print a line, once for all processes."""
+        if self.processes.main:
+            print(line, flush=True)
+
+
+class Evaluation(Run):
+    """A checkpoint and the images to evaluate it on; called, prints its metrics and returns the one that counts."""
+
+    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop):
+        super().__init__(config, processes, stop)
+        saved = checkpoint.load(config.eval)
+        self.task = task(config, processes, saved)
+        self.model = create_model(saved["model"], saved["model_args"])
+        self.model.load_state_dict(saved["ema"] or saved["state_dict"])
+        self.model.to(processes.device, memory_format=self.task.memory_format)
+        self.val_batches = self.create_batches(self.task.val_set, self.task.transforms(saved["data"])[1], saved["data"])
+        if config.compile:
+            self.model.compile()
+
+    def __call__(self) -> float | None:
+        metrics = self.evaluate(self.model)
+        if metrics is None:
+            self.say(f"stopped by {self.stop.reason}")
+            return None
+        self.say("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return metrics[self.task.best_of]
+
+
+class Training(Run):
+    """A model, its images, and where its training stands; called, trains and returns the best metric, or None if it was
+    asked to stop before the end. Its constructor writes nothing."""
+
+    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop):
+        super().__init__(config, processes, stop)
+        self.output = Path(config.output)
+        self.last, self.last_step = self.find_checkpoint(), 0
+        saved = checkpoint.load(self.last) if self.last else None
+        self.task = task(config, processes, None)
+        name, args = config.model.name, self.task.model_args
+        if saved and (saved["model"], saved["model_args"]) != (name, args):
+            raise ValueError(f"{self.last} holds {saved['model']} {saved['model_args']}, not {name} {args}")
+
+        seed_all("model", config.seed)
+        model = create_model(name, args, pretrained=config.model.pretrained and not saved)
+        model.to(processes.device, memory_format=self.task.memory_format)
+        if config.sync_bn:
+            if processes.device.type != "cuda":
+                raise ValueError(f"sync_bn must be false on {processes.device.type}: torch has it for CUDA only")
+            model = convert_sync_batchnorm(model)
+        data = self.task.data(model)
+        train_transform, eval_transform = self.task.transforms(data)
+        self.train_batches = self.create_batches(self.task.train_set, train_transform, data, shuffle=True)
+        self.val_batches = self.create_batches(self.task.val_set, eval_transform, data)
+        self.steps_per_epoch = self.train_batches.num_batches // config.optim.accumulate
+        self.state = create_state(config, model, self.task.loss, self.steps_per_epoch, processes)
+
+        self.epoch = 0
+        self.within = NOTHING_DONE
+        self.metrics, self.history = {}, []
+        self.record = dict(
+            model=name,
+            model_args=args,
+            data=data,
+            config=dataclasses.asdict(config),
+            versions=checkpoint.versions(processes.size),
+        )
+        if saved:
+            self.restore(saved)
+
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, the same for all processes; ValueError if output can't be used."""
+        config, output, found, error = self.config, self.output, None, None
+        if self.processes.main and not config.dry_run:
+            try:
+                found = checkpoint.newest(output) if config.resume == "auto" else config.resume and Path(config.resume)
+                there = checkpoint.steps(output)
+                if (there or (output / "log.csv").exists()) and not (config.resume or config.overwrite):
+                    raise ValueError(
+                        f"output {output} holds a run already: go on with --resume auto, or give another --output, "
+                        "or --overwrite"
+                    )
+                if found and config.resume != "auto" and not config.overwrite:
+                    self.refuse_newer(there, checkpoint.load(found)["step"])
+            except (ValueError, OSError) as problem:
+                error = problem
+        found, error = self.processes.from_main((found, error))
+        if error:
+            raise error
+        return found
+
+    def refuse_newer(self, there: list[Path], step: int):
+        newer = [path.name for path in there if checkpoint.step_of(path) > step]
+        if newer:
+            raise ValueError(
+                f"{self.config.resume} is of step {step}, but output {self.output} holds {newer[0]}: go on with "
+                "--resume auto, or give another --output, or --overwrite to drop what is newer"
+            )
+
+    def restore(self, saved: dict):
+        """Go on from the checkpoint `saved`."""
+        state, config = self.state, self.config
+        if (state.ema is None) != (saved["ema"] is None):
+            raise ValueError(
+                f"optim.ema is {config.optim.ema}, but {self.last} "
+                f"has {'no' if saved['ema'] is None else 'a'} moving average"
+            )
+        if saved["within"]["steps"] and saved["config"]["batch_size"] != config.batch_size:
+            raise ValueError(
+                f"batch_size must be {saved['config']['batch_size']}, since {self.last} is from the middle of an epoch,"
+                f" got {config.batch_size}"
+            )
+        load_weights(state.model, saved["state_dict"])
+        load_optimizer(state.optimizer, saved["optimizer"])
+        if state.ema:
+            load_weights(state.ema.module, saved["ema"])
+        self.epoch, state.step, self.within = saved["epoch"], saved["step"], dict(saved["within"])
+        self.metrics, self.history = saved["metrics"], list(saved["history"])
+        state.scheduler.step_update(state.step)
+        self.last_step = state.step
+        self.say(f"goes on from {self.last}: epoch {self.epoch + 1}, step {state.step}")
+        for name, now, then in _differences(self.record, saved):
+            self.say(f"note: {name} is {now} now and was {then}, so the result may differ from an unbroken run's")
+
+    def __call__(self) -> float | None:
+        if self.processes.main:
+            self.make_room()
+        self.say(self.describe())
+        while self.epoch < self.config.epochs:
+            start = time.perf_counter()
+            done = self.within["steps"]
+            if not self.train():
+                return self.leave()
+            speed = (self.steps_per_epoch - done) * self.config.batch_size / (time.perf_counter() - start)
+            self.processes.share_buffers(self.state.model, self.state.ema and self.state.ema.module)
+            metrics = self.evaluate(self.state.evaluated)
+            if metrics is None:
+                return self.leave()
+            self.finish_epoch(metrics, speed, start)
+        self.say(f"best {self.task.best_of} {self.best:.4f}, in {self.output}/best.pt")
+        return self.best
+
+    @property
+    def best(self) -> float:
+        """The best there was."""
+        return self.metrics.get(f"best_{self.task.best_of}", -self.task.sign * float("inf"))
+
+    def make_room(self):
+        """Make the output folder ready: no half-written files, nothing of another run or of steps yet to come."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        checkpoint.forget(self.output, self.state.step if self.last else None)
+        bad = [row for row in read_rows(self.output / "bad_images.csv") if int(row["step"]) <= self.state.step]
+        for name, rows in (("log.csv", self.history), ("bad_images.csv", bad)):
+            write_rows(self.output / name, rows) if rows else (self.output / name).unlink(missing_ok=True)
+        if self.last and self.metrics.get("best_step") == self.state.step:
+            self.name_best(self.last)
+
+    def train(self) -> bool:
+        """The rest of the epoch; False if the run was asked to stop within it."""
+        config, state = self.config, self.state
+        self.within = within = {"lr": state.lr} | self.within
+        start = within["steps"]
+        if self.stop_asked() and start < self.steps_per_epoch:
+            return False
+        bar = tqdm(
+            total=self.train_batches.num_images,
+            initial=start * config.batch_size,
+            desc=f"epoch {self.epoch + 1}/{config.epochs}",
+            unit=" images",
+            leave=False,
+            disable=hidden(self.processes),
+        )
+        with bar:
+            try:
+                for step in self.steps(start):
+                    within["steps"] += 1
+                    within["loss"] += step.loss
+                    if step.num_faults:
+                        self.note_faults(step)
+                    mean = within["loss"] / within["steps"]
+                    bar.set_postfix(loss=f"{mean:.3f}", lr=f"{state.lr:.2g}", refresh=False)
+                    bar.update(config.batch_size)
+                    if step.stop:
+                        return False
+                    if config.save_every and state.step % config.save_every == 0:
+                        self.save()
+            except NotFinite as error:
+                raise FloatingPointError(f"{error}; {self.suspects()}") from error
+        return True
+
+    def steps(self, start: int = 0):
+        """The steps of the epoch, from number `start` of it on."""
+        config = self.config
+        return steps(
+            self.state,
+            self.train_batches,
+            self.epoch,
+            start,
+            config.seed,
+            config.optim.accumulate,
+            config.optim.clip_grad,
+            self.autocast,
+            self.processes,
+            asked_to_stop=lambda: self.stop.reason is not None,
+        )
+
+    def stop_asked(self) -> bool:
+        """Whether any process was asked to stop."""
+        return self.processes.sum([self.stop.reason is not None])[0] > 0
+
+    def note_faults(self, step: Step):
+        """Write down the unreadable images of a step; BadImages if there are too many in this epoch."""
+        faults = sum(self.processes.gather(step.faults), [])
+        self.within["bad"] += len(faults)
+        path = self.output / "bad_images.csv"
+        if self.processes.main:
+            new = [{"epoch": self.epoch + 1, "step": self.state.step, "image": fault} for fault in faults]
+            write_rows(path, read_rows(path) + new)
+        bad, images = self.within["bad"], self.train_batches.num_images
+        if bad > self.config.max_bad * images:
+            raise BadImages(
+                f"{bad} of the epoch's {images} training images can't be read, more than max_bad = "
+                f"{self.config.max_bad:g}; the last is {faults[-1]}; all are in {path}"
+            )
+
+    def suspects(self) -> str:
+        """The images of the step that failed; all of them in a file."""
+        names = self.train_batches.names(self.epoch, self.within["steps"])
+        if not names:
+            return "shards do not tell which images"
+        path = self.output / "not_finite.txt"
+        if self.processes.main:
+            path.write_text("\n".join(names) + "\n")
+        return f"its images are {', '.join(names[:3])}{f' … {len(names)} in {path}' if len(names) > 3 else ''}"
+
+    def finish_epoch(self, metrics: dict[str, float], speed: float, start: float):
+        """Log, save and show an epoch whose images to evaluate gave `metrics`."""
+        task, state, config = self.task, self.state, self.config
+        train_loss, bad, lr = self.within["loss"] / self.within["steps"], self.within["bad"], self.within["lr"]
+        self.epoch += 1
+        better = task.sign * metrics[task.best_of] > task.sign * self.best
+        best = {f"best_{task.best_of}": metrics[task.best_of], "best_step": state.step}
+        self.metrics = self.metrics | metrics | (best if better else {})
+        self.within = NOTHING_DONE
+        seconds = time.perf_counter() - start
+        row = {"epoch": self.epoch, "step": state.step, "lr": lr, **task.columns(train_loss, metrics)}
+        self.history.append(row | {"images_per_second": speed, "seconds": seconds})
+        self.save(better)
+        if self.processes.main:
+            write_rows(self.output / "log.csv", self.history)
+            if config.tensorboard:
+                self.write_tensorboard()
+        left = (config.epochs - self.epoch) * seconds
+        self.say(
+            f"epoch {self.epoch}/{config.epochs}  lr {row['lr']:.3g}  {task.told(row)}  {speed:.0f} images/s  "
+            f"{seconds:.0f} s" + (f", about {_duration(left)} left" if left else "")
+        )
+        if bad:
+            self.say(f"note: {bad} unreadable images, replaced; they are in {self.output}/bad_images.csv")
+        task.draw(self)
+
+    def save(self, best: bool = False):
+        """Write a checkpoint of where training stands. Every process must call it."""
+        state = self.state
+        path = self.output / f"step-{state.step:08d}.pt"
+        self.processes.share_buffers(state.model, state.ema and state.ema.module)
+        contents = self.record | dict(
+            state_dict=whole(state.model.state_dict()),
+            ema=whole(state.ema.module.state_dict()) if state.ema else None,
+            optimizer=whole(state.optimizer.state_dict()),
+            epoch=self.epoch,
+            step=state.step,
+            within=self.within,
+            metrics=self.metrics,
+            history=self.history,
+        )
+        if self.processes.main:
+            checkpoint.save(path, **contents)
+        self.last, self.last_step = path, state.step
+        if self.processes.main:
+            if best:
+                self.name_best(path, contents)
+            checkpoint.give_name(path, self.output / "last.pt")
+            checkpoint.clean(self.output, self.config.keep)
+
+    def name_best(self, path: Path, contents: dict | None = None):
+        contents = contents or checkpoint.load(path)
+        checkpoint.give_name(path, self.output / "best.pt")
+        checkpoint.save_weights(self.output / "best.safetensors", contents["ema"] or contents["state_dict"])
+
+    def leave(self) -> None:
+        """Save and say goodbye."""
+        reason = next(filter(None, self.processes.gather(self.stop.reason)))
+        if self.state.step != self.last_step:
+            self.save()
+        self.say(f"stopped by {reason} at step {self.state.step}, epoch {self.epoch + 1}; {self.standing()}")
+
+    def standing(self) -> str:
+        if self.last is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.last}; --resume auto goes on from there"
+
+    def write_tensorboard(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        row = self.history[-1]
+        with SummaryWriter(self.output / "tensorboard", purge_step=row["step"]) as writer:
+            for name, value in row.items():
+                if name not in ("epoch", "step"):
+                    writer.add_scalar(name, value, row["step"])
+
+    def describe(self) -> str:
+        """Model, data and machine in a line."""
+        parameters = sum(p.numel() for p in self.state.model.parameters()) / 1e6
+        config, data, processes = self.config, self.record["data"], self.processes
+        size = "×".join(map(str, data["input_size"]))
+        together = f" × {processes.size} ({config.parallel})" if processes.size > 1 else ""
+        return (
+            f"{config.model.name}: {parameters:.2f} M parameters, input {size}, {self.task.title(data)}; "
+            f"{config.data.name}: {self.train_batches.num_images} images an epoch, "
+            f"{self.val_batches.num_images} to evaluate; {processes.device}{together}, "
+            f"{torch.get_num_threads()} threads, {'bf16' if config.bf16 else 'fp32'}, torch {torch.__version__}"
+        )
+
+    def try_out(self) -> int:
+        """Print the configuration, then what a few steps say about an epoch. Writes nothing; spoils the weights."""
+        self.say(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+        self.say(self.describe())
+        cuda = self.processes.device.type == "cuda"
+        moments = [time.perf_counter()]
+        for number, _ in enumerate(self.steps(), start=1):
+            if cuda:
+                torch.cuda.synchronize()
+            moments.append(time.perf_counter())
+            if number == TRIED:
+                break
+        train = (moments[-1] - moments[1]) / max(len(moments) - 2, 1)
+        start = time.perf_counter()
+        with torch.no_grad(), self.autocast:
+            self.state.evaluated.eval()
+            batch = next(iter(self.val_batches.epoch()))
+            self.task.measure(self.state.evaluated, batch.images, batch.targets)
+        one = (time.perf_counter() - start) / len(batch.images)
+        seconds = train * self.steps_per_epoch + one * self.val_batches.num_images / self.processes.size
+        self.say(
+            f"{self.steps_per_epoch} steps an epoch, {train:.3g} s each after {moments[1] - moments[0]:.3g} s for the "
+            f"first: about {_duration(seconds)} an epoch with evaluation, {_duration(seconds * self.config.epochs)} in "
+            f"all; at most {_peak_memory(cuda) / 2**20:.0f} MiB {'of the GPU' if cuda else 'of this process'}"
+        )
+        return 0
+
+
+def _peak_memory(cuda: bool) -> int:
+    """The most bytes this process has held: of the GPU, or of the machine."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _differences(record: dict, saved: dict) -> list[tuple]:
+    """(name, now, then) of what decides a result and is not what the checkpoint has."""
+
+    def flat(tree, prefix=""):
+        for key, value in tree.items():
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+    free = {"output", "overwrite", "save_every", "keep", "tensorboard", "resume", "eval", "dry_run", "max_bad"}
+    free |= {"threads", "parallel", "device", "data.workers", "data.dir", "data.download"}
+    sides = [
+        {k: v for k, v in flat(side["config"]) if k not in free and k.split(".")[0] != "pictures"} | side["versions"]
+        for side in (record, saved)
+    ]
+    return [(key, sides[0].get(key), sides[1].get(key)) for key in sides[0] if sides[0][key] != sides[1].get(key)]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
