@@ -192,7 +192,7 @@ def test_evaluation_is_strict():
 
     assert evaluate(Pictures()) == {"value": 1.0}
     with pytest.raises(
-        BadImages, match="1 images to evaluate can't be read, the first is picture 7: OSError: image file"
+        BadImages, match="1 of the images to evaluate can't be read, the first is picture 7: OSError: image file"
     ):
         evaluate(Torn())
     with pytest.raises(FloatingPointError, match="the value is nan on the images to evaluate"):

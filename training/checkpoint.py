@@ -111,9 +111,8 @@ def write_whole(path: str | Path, write: Callable[[Path], None], digest: str | N
         write_text(beside, line + old)
         os.replace(temporary, path)
         write_text(beside, line)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # after an error, or where it already was the same file as `path`
 
 
 def load(path: str | Path) -> dict:

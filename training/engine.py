@@ -176,7 +176,7 @@ def mean_over(
         return None
     faults = [fault for _, some, *_ in everyone for fault in some]
     if faults:
-        raise BadImages(f"{len(faults)} images to evaluate can't be read, the first is {faults[0]}")
+        raise BadImages(f"{len(faults)} of the images to evaluate can't be read, the first is {faults[0]}")
     count = sum(count for *_, count, _ in everyone)
     if count != batches.num_images:
         raise BadImages(f"{batches.num_images} images to evaluate were announced, {count} were there")

@@ -432,7 +432,7 @@ class Training(Run):
             f"{seconds:.0f} s" + (f", about {_duration(left)} left" if left else "")
         )
         if bad:
-            self.say(f"note: {bad} unreadable images, replaced; they are in {self.output}/bad_images.csv")
+            self.say(f"note: unreadable images, replaced by others: {bad}; they are in {self.output}/bad_images.csv")
         task.draw(self)
 
     def save(self, best: bool = False):

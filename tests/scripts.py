@@ -1,0 +1,139 @@
+"""The training scripts, for tests: as functions, as commands, and what their runs end with."""
+
+import csv
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from training import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name):
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def options(**kwargs):
+    """{'optim__lr': 0.1} as ['--optim.lr', '0.1']."""
+    return [word for name, value in kwargs.items() for word in (f"--{name.replace('__', '.')}", str(value))]
+
+
+# Everything that draws at random, in both scripts
+CLASSIFY = options(
+    model__name="cifar_resnet20",
+    model__args='{"drop_path_rate": 0.1, "drop_rate": 0.1}',
+    data__img_size=8,
+    batch_size=96,
+    threads=1,
+    epochs=2,
+    optim__ema=0.9,
+    optim__accumulate=2,
+    optim__clip_grad=1.0,
+    augment__mixup=0.2,
+    augment__cutmix=1.0,
+    augment__erase=0.2,
+    augment__auto_augment="rand-m9-mstd0.5-inc1",
+)
+PIXELS = options(
+    model__name="pixel_digits",
+    model__args='{"dim": 26, "depth": 1, "num_heads": 2, "blocks": "dense", "drop_rate": 0.1}',
+    batch_size=96,
+    threads=1,
+    device="cpu",
+    epochs=2,
+    optim__ema=0.9,
+    optim__accumulate=2,
+    pictures__every=2,
+    pictures__count=3,
+)
+# Without what depends on the process: dropout and BatchNorm
+SHARED = options(
+    model__name="vit_tiny_patch4_32_criss_cross",
+    model__args='{"embed_dim": 32, "depth": 2, "num_heads": 2}',
+    data__img_size=16,
+    batch_size=96,
+    threads=1,
+    epochs=2,
+    optim__ema=0.9,
+    optim__name="adamw",
+    optim__lr=1e-3,
+    optim__clip_grad=1.0,
+)
+
+
+def command(script, argv, processes=0):
+    """The command line, under torchrun for one process or more."""
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+        start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [*start, str(script if Path(script).exists() else ROOT / f"{script}.py"), *argv]
+
+
+def start(script, argv, processes=0, **kwargs):
+    """The script in a process group of its own."""
+    return subprocess.Popen(
+        command(script, argv, processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"CI": "true", "PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+def finish(process, timeout=240):
+    """(exit code, stdout, stderr) of a process; it is killed if it takes too long."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+def rows(output):
+    """log.csv without what a clock says."""
+    with open(output / "log.csv", newline="") as file:
+        return [
+            {name: value for name, value in row.items() if name not in ("images_per_second", "seconds")}
+            for row in csv.DictReader(file)
+        ]
+
+
+def standing(output):
+    """All that a run's end is made of."""
+    saved = checkpoint.load(output / "last.pt")
+    return {key: saved[key] for key in ("state_dict", "ema", "optimizer", "epoch", "step", "within", "metrics")}
+
+
+def equal(a, b):
+    """Whether two trees are the same to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def gap(a, b):
+    """Largest difference between the tensors of two trees."""
+    if isinstance(a, torch.Tensor):
+        return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max((gap(a[key], b[key]) for key in a), default=0.0)
+    return 0.0

@@ -1,0 +1,183 @@
+"""Several processes: the same curve as one, checkpoints that any number goes on from, and an end without a hang."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from scripts import PIXELS, ROOT, SHARED, finish, gap, load, options, rows, standing, start
+
+from training import checkpoint
+
+CLOSE = 2e-5  # after 28 steps of AdamW, whose first steps magnify rounding
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Where a run of one process has ended."""
+    output = tmp_path_factory.mktemp("alone")
+    assert load("train_imagenet").main([*SHARED, "--output", str(output)]) == 0
+    return output
+
+
+def compare(a, b):
+    """The same run but for rounding."""
+    one, other = standing(a), standing(b)
+    for key in ("epoch", "step"):
+        assert one[key] == other[key]
+    for key in ("state_dict", "ema"):
+        assert gap(one[key], other[key]) < CLOSE, key
+    for row, same in zip(rows(a), rows(b), strict=True):
+        for name in row:
+            assert float(row[name]) == pytest.approx(float(same[name]), rel=1e-5, abs=0.3 if "top" in name else 0), name
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_like_one_and_any_number_goes_on(parallel, alone, tmp_path):
+    argv = [*SHARED, *options(output=tmp_path, parallel=parallel, resume="auto")]
+    process = start("train_imagenet", argv, processes=2)
+    lines = [process.stdout.readline() for _ in range(2)]
+    assert f"cpu × 2 ({parallel})" in lines[0] and lines[1].startswith("epoch 1/2"), process.stderr.read()
+    os.kill(process.pid, signal.SIGTERM)  # torchrun passes it on
+    code, out, err = finish(process)
+    stopped = checkpoint.load(tmp_path / "last.pt")
+    assert "stopped by SIGTERM at step" in out and 14 <= stopped["step"] < 28, err
+    assert stopped["versions"]["processes"] == 2
+    assert load("train_imagenet").main(argv) == 0  # in one process
+    compare(alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_s_checkpoint_goes_on_in_two(parallel, alone, tmp_path):
+    for path in alone.glob("step-00000014.pt*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    argv = [*SHARED, *options(output=tmp_path, parallel=parallel, resume="auto")]
+    code, out, err = finish(start("train_imagenet", argv, processes=2))
+    assert code == 0, err
+    assert "step-00000014.pt: epoch 2, step 14" in out and out.count("epoch 2/2") == 1
+    assert "note: processes is 2 now and was 1" in out
+    compare(alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_accumulation_and_shared_statistics(parallel, tmp_path):
+    """The bases of expectation-maximization attention are averaged, so two processes learn what one does."""
+    argv = [*SHARED, *options(model__name="vit_tiny_patch4_32_expectation_maximization", epochs=1)]
+    argv += options(**{"model__args.attn_kwargs": '{"bases": 5}', "optim.accumulate": 2})
+    assert load("train_imagenet").main([*argv, "--output", str(tmp_path / "one")]) == 0
+    code, _, err = finish(start("train_imagenet", [*argv, *options(output=tmp_path / "two", parallel=parallel)], 2))
+    assert code == 0, err
+    compare(tmp_path / "one", tmp_path / "two")
+    bases = [name for name in standing(tmp_path / "one")["state_dict"] if name.endswith("bases")]
+    assert bases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_pixels_in_two_processes(parallel, tmp_path):
+    argv = [*PIXELS, *options(model__args__drop_rate=0, epochs=1, pictures__every=1)]
+    assert load("train_pixels").main([*argv, "--output", str(tmp_path / "one")]) == 0
+    code, _, err = finish(start("train_pixels", [*argv, *options(output=tmp_path / "two", parallel=parallel)], 2))
+    assert code == 0, err
+    compare(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "samples-0001.png").exists()
+
+
+def test_the_gradient_of_a_step_is_that_of_one_process(tmp_path):
+    """In float64, through DDP over gloo: equal to rounding, and the images to evaluate are counted once each."""
+    program = tmp_path / "program.py"
+    program.write_text(GRADIENTS)
+    for processes in (0, 2):
+        code, _, err = finish(start(program, [str(tmp_path)], processes))
+        assert code == 0, err
+    one, two = (torch.load(tmp_path / f"{size}.pt", weights_only=True) for size in (1, 2))
+    assert len(one["gradients"]) == len(two["gradients"]) == 2
+    assert gap(dict(enumerate(one["gradients"])), dict(enumerate(two["gradients"]))) < 1e-14
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-12)
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-12) and one["metrics"]["images"] == 1
+
+
+GRADIENTS = """
+import sys, torch
+from torch import nn
+from pictures import MEAN, STD, Pictures
+from training import distributed
+from training.engine import Objective, State, mean_over, steps
+from training.loader import Batches, Samples
+from training.transforms import eval_transform
+from timm.scheduler import create_scheduler_v2
+
+torch.set_num_threads(1)
+processes = distributed.start(torch.device("cpu"))
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.GELU(), nn.Flatten(), nn.Linear(7 * 36, 23)).double()
+objective = Objective(model, lambda model, x, y: nn.functional.cross_entropy(model(x.double()), y))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+scheduler, _ = create_scheduler_v2(optimizer, num_epochs=1, step_on_epochs=False, updates_per_epoch=2)
+state = State(model, distributed.average_gradients(objective, processes), optimizer, scheduler)
+gradients = []
+optimizer.register_step_pre_hook(lambda *_: gradients.append(model[0].weight.grad.clone()))
+samples = Samples(Pictures(), eval_transform((8, 8)))
+share = processes.size * 2
+batches = Batches(samples, 8 // share, MEAN, STD, shuffle=True, multiple=2, processes=processes)
+losses = [step.loss for step in steps(state, batches, 0, accumulate=2, clip_grad=1.0, processes=processes)]
+evaluated = Batches(samples, 4, MEAN, STD, processes=processes)
+measure = lambda model, x, y: {"loss": objective(x, y), "images": torch.ones(())}
+metrics = mean_over(model, evaluated, measure, processes=processes)
+if processes.main:
+    content = {"gradients": gradients, "losses": losses, "metrics": metrics}
+    torch.save(content, f"{sys.argv[1]}/{processes.size}.pt")
+distributed.stop()
+"""
+
+
+def test_a_process_that_fails_ends_the_job_with_its_traceback(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(FAULTY)
+    began = time.monotonic()
+    code, _, err = finish(start(program, [*SHARED, "--output", str(tmp_path / "run")], processes=2))
+    assert code != 0 and time.monotonic() - began < 120
+    assert "RuntimeError: broken on purpose in process 1" in err and "in broken_loss" in err
+
+
+FAULTY = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_imagenet
+from training.classification import Classification
+
+loss, count = Classification.loss, iter(range(99))
+
+def broken_loss(self, *batch):
+    if next(count) == 3 and os.environ["RANK"] == "1":
+        raise RuntimeError("broken on purpose in process 1")
+    return loss(self, *batch)
+
+Classification.loss = broken_loss
+sys.exit(train_imagenet.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_job(tmp_path):
+    process = start("train_imagenet", [*SHARED, *options(output=tmp_path, epochs=99)], processes=2)
+    process.stdout.readline()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    code, _, err = finish(process, timeout=120)
+    assert code != 0 and "SIGKILL" in err
+
+
+def test_wrong_shares_are_refused(tmp_path):
+    argv = [*SHARED, *options(output=tmp_path / "run", batch_size=95)]
+    code, _, err = finish(start("train_imagenet", argv, processes=2))
+    assert code == 1 and "error: batch_size must be a multiple of 2 (2 processes × 1 passes), got 95" in err
+    argv = [sys.executable, str(ROOT / "train_imagenet.py"), *SHARED, *options(output=tmp_path / "run"), "--sync-bn"]
+    done = subprocess.run([*argv, "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 2 and "error: sync_bn must be false on cpu" in done.stderr
+    assert not (tmp_path / "run").exists()

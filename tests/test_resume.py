@@ -1,0 +1,180 @@
+"""A run that was stopped anywhere, by anything, ends with the same bits as one that was not."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from scripts import CLASSIFY, PIXELS, equal, finish, load, options, rows, standing, start
+
+from training import checkpoint
+from training.classification import Classification
+from training.pixels import Pixels
+
+RUNS = {"train_imagenet": (CLASSIFY, Classification), "train_pixels": (PIXELS, Pixels)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Where an unbroken run of a script has ended."""
+    done = {}
+
+    def run(script):
+        if script not in done:
+            done[script] = tmp_path_factory.mktemp("whole")
+            assert load(script).main([*RUNS[script][0], "--output", str(done[script])]) == 0
+        return done[script]
+
+    return run
+
+
+def stop_after(monkeypatch, task, passes):
+    """Send this process a SIGTERM in forward pass number `passes` of the run."""
+    loss, count = task.loss, iter(range(1, 10**9))
+
+    def counted(self, *batch):
+        if next(count) == passes:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(self, *batch)
+
+    monkeypatch.setattr(task, "loss", counted)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("script", RUNS)
+def test_stopped_at_any_step(script, workers, whole, tmp_path, monkeypatch, capsys):
+    options_, task = RUNS[script]
+    argv = [*options_, "--output", str(tmp_path), "--resume", "auto", "--keep", "1"]
+    for passes, step in ((3, 2), (9, 7), (13, 14), (20, 24)):  # two passes a step, 14 steps an epoch
+        with monkeypatch.context() as patch:
+            stop_after(patch, task, passes)
+            assert load(script).main([*argv, *options(data__workers=workers)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        path = tmp_path / f"step-{step:08d}.pt"
+        stopped = f"stopped by SIGTERM at step {step}, epoch {step // 14 + 1}; the last good checkpoint is {path}; "
+        assert lines[-1].startswith(stopped if step != 14 else stopped.replace("epoch 2", "epoch 1"))
+        assert checkpoint.steps(tmp_path) == [path]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        torch.rand(7)
+    workers = options(data__workers=2 - workers)
+    assert load(script).main([*argv, *workers]) == 0
+    assert f"goes on from {path}: epoch 2, step 24" in capsys.readouterr().out
+    assert equal(standing(whole(script)), standing(tmp_path))
+    assert rows(whole(script)) == rows(tmp_path) and len(rows(tmp_path)) == 2
+    for picture in tmp_path.glob("*.png"):
+        assert picture.read_bytes() == (whole(script) / picture.name).read_bytes()
+    names = ["best.pt", "best.safetensors", "last.pt", "log.csv", "step-00000028.pt"]
+    left = [path.name for path in tmp_path.iterdir() if path.suffix not in (".png", ".sha256")]
+    assert sorted(left) == names
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_stopped_while_evaluating(script, whole, tmp_path, monkeypatch, capsys):
+    options_, task = RUNS[script]
+    argv = [*options_, "--output", str(tmp_path), "--resume", "auto"]
+    measure = task.measure
+
+    def interrupted(self, *batch):
+        signal.raise_signal(signal.SIGINT)
+        return measure(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "measure", interrupted)
+        assert load(script).main(argv) == 0
+    assert "stopped by SIGINT at step 14, epoch 1" in capsys.readouterr().out
+    assert not (tmp_path / "log.csv").exists()
+    assert load(script).main(argv) == 0
+    assert equal(standing(whole(script)), standing(tmp_path)) and rows(whole(script)) == rows(tmp_path)
+
+
+def test_auto_starts_anew_where_there_is_nothing_and_passes_over_what_is_damaged(whole, tmp_path, capsys):
+    argv = [*CLASSIFY, "--output", str(tmp_path), "--resume", "auto", "--save-every", "5", "--keep", "3"]
+    assert load("train_imagenet").main(argv) == 0
+    assert "goes on from" not in capsys.readouterr().out
+    assert [checkpoint.step_of(path) for path in checkpoint.steps(tmp_path)] == [28, 25, 20]
+    newest = tmp_path / "step-00000028.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes(content)
+    assert load("train_imagenet").main(argv) == 0
+    out, err = capsys.readouterr()
+    assert f"warning: checkpoint {newest} is damaged: its SHA-256 is not the one" in err
+    assert f"goes on from {tmp_path}/step-00000025.pt: epoch 2, step 25" in out
+    assert equal(standing(whole("train_imagenet")), standing(tmp_path))
+
+
+def test_what_can_not_be_gone_on_from_is_refused(whole, tmp_path, capsys):
+    run = whole("train_imagenet")
+
+    def refused(*argv, script="train_imagenet"):
+        assert load(script).main([*RUNS[script][0], *argv]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    there, last = ["--output", str(run)], ["--resume", str(run / "last.pt")]
+    new = ["--output", str(tmp_path / "new")]
+    assert "holds a run already: go on with --resume auto" in refused(*there)
+    assert "holds cifar_resnet20 {" in refused(*new, *last, "--model.args.drop_rate", "0.3")
+    assert "optim.ema is None, but" in refused(*new, *last, "--optim.ema", "null")
+    assert "last.pt holds cifar_resnet20" in refused(*new, *last, script="train_pixels")
+    assert "there is no checkpoint" in refused(*new, "--resume", str(tmp_path / "nowhere.pt"))
+    assert not (tmp_path / "new").exists()
+
+    argv = [*CLASSIFY, *new, "--save-every", "5", "--keep", "9"]
+    assert load("train_imagenet").main(argv) == 0
+    middle = ["--resume", str(tmp_path / "new" / "step-00000005.pt")]
+    assert "is of step 5, but output" in refused(*new, *middle)
+    assert "batch_size must be 96, since" in refused("--output", str(tmp_path / "b"), *middle, "--batch_size", "48")
+    assert len(checkpoint.steps(tmp_path / "new")) == 7
+
+    assert load("train_imagenet").main([*argv, *middle, "--overwrite", "--optim.lr", "0.2"]) == 0
+    assert "note: optim.lr is 0.2 now and was 0.1, so the result may differ" in capsys.readouterr().out
+    assert not equal(standing(run), standing(tmp_path / "new"))
+    assert load("train_imagenet").main([*argv, "--overwrite"]) == 0
+    assert equal(standing(run), standing(tmp_path / "new"))
+
+
+LONG = [*CLASSIFY, *options(data__workers=2, epochs=5, save_every=3)]
+
+
+def first_line(process):
+    return process.stdout.readline()
+
+
+@pytest.mark.parametrize("everyone", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["group", "process"])
+def test_sigterm_saves_within_a_step_and_exits_with_0(everyone, tmp_path):
+    process = start("train_imagenet", [*LONG, "--output", str(tmp_path), "--save-every", "999"])
+    assert "cifar_resnet20: " in first_line(process)
+    time.sleep(2)
+    (os.killpg if everyone else os.kill)(process.pid, signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 0, err
+    last = out.splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM at step ") and last.endswith("--resume auto goes on from there")
+    step = int(last.split("at step ")[1].split(",")[0])
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == step > 0
+    process = start("train_imagenet", [*LONG, "--output", str(tmp_path), "--resume", "auto"])
+    assert f"epoch {step // 14 + 1}, step {step}" in first_line(process)
+    process.kill()
+    finish(process)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert load("train_imagenet").main([*LONG, "--output", str(whole), "--data.workers", "0"]) == 0
+    moments = random.Random(0)
+    kills, argv = 0, [*LONG, "--output", str(broken), "--resume", "auto"]
+    while kills < 20:
+        process = start("train_imagenet", argv)
+        first_line(process)
+        time.sleep(moments.uniform(0, 1.5))
+        process.kill()
+        code, _, err = finish(process)
+        assert code == -signal.SIGKILL, f"ended before it was killed {kills + 1} times: {err}"
+        kills += 1
+    code, out, err = finish(start("train_imagenet", argv))
+    assert code == 0, err
+    assert equal(standing(whole), standing(broken)) and rows(whole) == rows(broken)
+    assert not list(broken.glob(".*"))
