@@ -1,8 +1,9 @@
 """Export a model to ONNX and check it in onnxruntime at sizes other than the traced one.
 
-    python export_onnx.py --checkpoint runs/digits/best.pt --path runs/digits/model.onnx python export_onnx.py
-    --model resnet50_cbam --pretrained true --path resnet50_cbam.onnx --image_size 224 python export_onnx.py --model
-    vit_small_patch16_224_criss_cross --model_args '{dynamic_img_size: true}' --path vit.onnx
+    python export_onnx.py --checkpoint runs/digits/best.pt --path runs/digits/model.onnx
+    python export_onnx.py --model resnet50_cbam --pretrained true --path resnet50_cbam.onnx --image_size 224
+    python export_onnx.py --model vit_small_patch16_224_criss_cross --model_args '{dynamic_img_size: true}' \
+        --path vit.onnx
 
 Exit code 0: every answer agreed; 1: one did not, and no file is left; 2: bad input, with one line that says what.
 """

@@ -10,10 +10,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from scripts import PIXELS, load, options
+from torchvision.transforms import functional as TF
 
 import backbones  # noqa: F401  registers the named models
 from training import checkpoint
 from training.datasets import Digits
+from training.report import mistakes, varied
+from training.trained import open_trained
 from vision_attn import describe, list_blocks
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +43,11 @@ def trained(tmp_path):
         optimizer={},
         epoch=1,
         step=1,
+        within={"steps": 0, "loss": 0.0, "bad": 0},
         metrics={},
+        history=[
+            dict(epoch=epoch, step=9, lr=0.1, train_loss=2.0, loss=1.5, top1=50.0, seconds=3.0) for epoch in (1, 2)
+        ],
         data=data | dict(class_names=[str(digit) for digit in range(10)]),
         config=dict(data=dict(name="digits")),
         versions=checkpoint.versions(),
@@ -89,8 +97,7 @@ def test_attention_is_drawn_for_every_class(trained, tmp_path):
     assert names["main"](["--checkpoint", str(trained[0]), "--path", str(picture), "--at", "layer3.*"]) == 0
     width, height = Image.open(picture).size
     assert height > 2 * width  # ten rows, four columns
-    images = [(None, label) for label in (0, 0, 0, 1, 0, 2, 0)]
-    assert [label for _, label in names["varied"](images, 4)] == [0, 1, 2, 0]
+    assert varied(torch.tensor([0, 0, 0, 1, 0, 2, 0]), 4) == [0, 3, 5, 1]
 
 
 @pytest.mark.parametrize("more, said", [(["--at", "nope*"], "nope*"), (["--count", "0"], "count=0")])
@@ -166,3 +173,44 @@ def test_sampling_is_timed_with_every_cache(tmp_path):
     assert {row["cache"] for row in rows} == {"none", "full", "pattern"}
     held = {(row["model"], row["cache"]): float(row["cache MiB"]) for row in rows}
     assert held["linear, recurrent", "pattern"] < held["fixed c=8", "pattern"] < held["fixed c=8", "full"]
+
+
+def test_a_report_has_everything_in_one_file(trained, tmp_path, capsys):
+    path, model = trained
+    assert script("report")["main"](["--run", str(tmp_path), "--count", "7"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for heading in ("Curves", "Configuration", "Confusion", "Accuracy of each class", "Mistakes", "Attention"):
+        assert f"<h2>{heading}</h2>" in page
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 4 and "http" not in page
+
+    images = torch.stack([TF.to_tensor(image.convert("RGB")) for image, _ in Digits(train=False)])
+    targets = torch.tensor(Digits(train=False).targets)
+    with torch.no_grad():
+        expected = model((images - 0.5) / 0.25).softmax(dim=1)
+    probabilities, labels = open_trained(path).answers()
+    assert torch.equal(labels, targets) and torch.allclose(probabilities, expected, atol=1e-5)
+    right = (expected.argmax(1) == targets).sum().item()
+    assert f"{right} of 360 right" in page
+    for digit in range(10):
+        share = 100 * (expected.argmax(1) == targets)[targets == digit].float().mean()
+        assert f"<td>{digit}</td><td>{(targets == digit).sum()}</td><td>{share:.1f} %</td>" in page
+
+
+def test_mistakes_come_surest_first():
+    probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
+    assert mistakes(probabilities, torch.tensor([0, 0, 0, 1]), 5) == [2, 3, 1]
+    assert mistakes(probabilities, torch.tensor([0, 0, 0, 1]), 1) == [2]
+
+
+def test_a_report_of_a_model_without_attention_and_of_pixels(tmp_path, capsys):
+    run = options(data__img_size=8, threads=1, epochs=1, model__name="cifar_resnet20", output=tmp_path / "plain")
+    assert load("train_imagenet").main(run) == 0
+    assert load("train_pixels").main([*PIXELS, *options(epochs=1, output=tmp_path / "pixels")]) == 0
+    for name, pictures in (("plain", 3), ("pixels", 3)):
+        assert script("report")["main"](["--run", str(tmp_path / name), "--path", str(tmp_path / "r.html")]) == 0
+        assert (tmp_path / "r.html").read_text().count("<img") == pictures
+    assert script("report")["main"](["--run", str(tmp_path)]) == 2
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert script("show_attention")["main"](["--checkpoint", str(tmp_path / "pixels" / "best.pt"), "--path", "x"]) == 2
+    assert "is not a classifier's checkpoint" in capsys.readouterr().err
