@@ -17,8 +17,7 @@ versions      of python, torch, torchvision, timm; and threads and processes, wh
     model = timm.create_model(ckpt["model"], **ckpt["model_args"])
     model.load_state_dict(ckpt["ema"] or ckpt["state_dict"])
 
-A run folder holds `step-N.pt`, the newest few; `last.pt` and `best.pt` are further names of one of them; and
-`best.safetensors`, the weights of the best alone, which timm.create_model(..., checkpoint_path=...) loads.
+Which files a run leaves is in folder.py.
 """
 
 import hashlib

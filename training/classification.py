@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from training.config import Config
 from training.datasets import create_datasets
 from training.distributed import Processes
-from training.run import Task
+from training.task import Task
 from training.transforms import eval_transform, train_transform
 
 

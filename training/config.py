@@ -179,6 +179,7 @@ class RunConfig:
         tensorboard: also write the log for TensorBoard.
         resume: checkpoint to go on from, or auto: the newest good one in output, none if there is none.
         eval: checkpoint to evaluate; trains nothing.
+        eval_first: evaluate before the first step, too.
         dry_run: print the configuration and what an epoch would take; trains and writes nothing.
     """
 
@@ -201,6 +202,7 @@ class RunConfig:
     tensorboard: bool = False
     resume: str | None = None
     eval: str | None = None
+    eval_first: bool = False
     dry_run: bool = False
 
     def __post_init__(self):

@@ -15,8 +15,8 @@ from torchvision.utils import make_grid, save_image
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, check
 from training.datasets import Digits, create_datasets
 from training.distributed import Processes
-from training.run import Task
 from training.seeding import seed_of
+from training.task import Task
 from training.transforms import eval_transform
 
 LEVELS = {"digits": 17, "cifar10": 256, "folder": 256}

@@ -7,83 +7,28 @@ needs to go on exactly, since everything random follows from where it stands.
 import dataclasses
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import yaml
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from training import checkpoint, distributed
 from training.config import RunConfig, parse
 from training.distributed import Processes, load_optimizer, load_weights, whole
 from training.engine import NotFinite, Step, hidden, mean_over, steps
+from training.estimate import duration, estimate
+from training.folder import Folder
 from training.loader import BadImages, Batches, Samples, StreamSamples
-from training.log import read_rows, write_rows
 from training.seeding import seed_all
 from training.setup import create_model, create_state, find_device
 from training.shards import Shards
 from training.signals import Stop
+from training.task import Task
 
 NOTHING_DONE = {"steps": 0, "loss": 0.0, "bad": 0}  # of an epoch: steps, the sum of their losses, unreadable images
-TRIED = 4  # steps of a dry run
-
-
-class Task:
-    """What is trained: images, a model's arguments, a loss, a measure. Its constructor raises ValueError for bad input.
-
-    Args:
-        config: the run.
-        processes: of the run.
-        saved: the checkpoint to evaluate, or None.
-    """
-
-    best_of: str  # name of the metric that says which checkpoint is best
-    sign: int  # 1: the larger the better; -1: the smaller
-    train_set: object
-    val_set: object
-    model_args: dict  # of timm.create_model, in_chans among them
-    num_classes: int | None = None
-    memory_format = torch.contiguous_format
-
-    def __init__(self, config: RunConfig, processes: Processes, saved: dict | None):
-        raise NotImplementedError
-
-    def data(self, model: nn.Module) -> dict:
-        """What a checkpoint has to know of the images: plain types; mean and std of each channel, input_size, ..."""
-        raise NotImplementedError
-
-    def transforms(self, data: dict) -> tuple:
-        """For training and for evaluation: from PIL image to tensor."""
-        raise NotImplementedError
-
-    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch."""
-        raise NotImplementedError
-
-    def measure(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Means over a batch, `best_of` among them."""
-        raise NotImplementedError
-
-    def columns(self, train_loss: float, metrics: dict[str, float]) -> dict[str, float]:
-        """The numbers of an epoch, as the log has them."""
-        raise NotImplementedError
-
-    def title(self, data: dict) -> str:
-        """What the data are, in two words."""
-        raise NotImplementedError
-
-    def told(self, row: dict) -> str:
-        """The same in a line for people."""
-        raise NotImplementedError
-
-    def missed(self, best: float) -> str | None:
-        """What to say where the best is worse than its target."""
-        raise NotImplementedError
-
-    def draw(self, run: "Training"):
-        """Pictures of the epoch that has just ended. Every process calls it, the main one writes."""
 
 
 def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | None = None) -> int:
@@ -109,7 +54,7 @@ def _main(task: type[Task], config: RunConfig, stop: Stop) -> int:
         return _refuse(error)
     try:
         if config.dry_run:
-            return run.try_out()
+            return estimate(run)
         best = run()
     except FloatingPointError as error:
         return _refuse(f"{error}; {run.standing()}", code=1)
@@ -209,13 +154,16 @@ class Training(Run):
 
     def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop):
         super().__init__(config, processes, stop)
-        self.output = Path(config.output)
-        self.last, self.last_step = self.find_checkpoint(), 0
-        saved = checkpoint.load(self.last) if self.last else None
+        self.output = Folder(config.output)
+        self.output.last = self.find_checkpoint()
+        self.saved_step = 0
+        saved = checkpoint.load(self.output.last) if self.output.last else None
+        if config.tensorboard and not find_spec("tensorboard"):
+            raise ValueError("tensorboard is true, but the package tensorboard is not installed")
         self.task = task(config, processes, None)
         name, args = config.model.name, self.task.model_args
         if saved and (saved["model"], saved["model_args"]) != (name, args):
-            raise ValueError(f"{self.last} holds {saved['model']} {saved['model_args']}, not {name} {args}")
+            raise ValueError(f"{self.output.last} holds {saved['model']} {saved['model_args']}, not {name} {args}")
 
         seed_all("model", config.seed)
         model = create_model(name, args, pretrained=config.model.pretrained and not saved)
@@ -245,19 +193,11 @@ class Training(Run):
             self.restore(saved)
 
     def find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, the same for all processes; ValueError if output can't be used."""
-        config, output, found, error = self.config, self.output, None, None
-        if self.processes.main and not config.dry_run:
+        """The checkpoint to go on from, which the main process finds; every process raises what it raises."""
+        found = error = None
+        if self.processes.main and not self.config.dry_run:
             try:
-                found = checkpoint.newest(output) if config.resume == "auto" else config.resume and Path(config.resume)
-                there = checkpoint.steps(output)
-                if (there or (output / "log.csv").exists()) and not (config.resume or config.overwrite):
-                    raise ValueError(
-                        f"output {output} holds a run already: go on with --resume auto, or give another --output, "
-                        "or --overwrite"
-                    )
-                if found and config.resume != "auto" and not config.overwrite:
-                    self.refuse_newer(there, checkpoint.load(found)["step"])
+                found = self.output.find(self.config.resume, self.config.overwrite)
             except (ValueError, OSError) as problem:
                 error = problem
         found, error = self.processes.from_main((found, error))
@@ -265,25 +205,17 @@ class Training(Run):
             raise error
         return found
 
-    def refuse_newer(self, there: list[Path], step: int):
-        newer = [path.name for path in there if checkpoint.step_of(path) > step]
-        if newer:
-            raise ValueError(
-                f"{self.config.resume} is of step {step}, but output {self.output} holds {newer[0]}: go on with "
-                "--resume auto, or give another --output, or --overwrite to drop what is newer"
-            )
-
     def restore(self, saved: dict):
         """Go on from the checkpoint `saved`."""
         state, config = self.state, self.config
         if (state.ema is None) != (saved["ema"] is None):
             raise ValueError(
-                f"optim.ema is {config.optim.ema}, but {self.last} "
+                f"optim.ema is {config.optim.ema}, but {self.output.last} "
                 f"has {'no' if saved['ema'] is None else 'a'} moving average"
             )
         if saved["within"]["steps"] and saved["config"]["batch_size"] != config.batch_size:
             raise ValueError(
-                f"batch_size must be {saved['config']['batch_size']}, since {self.last} is from the middle of an epoch,"
+                f"batch_size must be {saved['config']['batch_size']}, since {self.output.last} is from the middle of an epoch,"
                 f" got {config.batch_size}"
             )
         load_weights(state.model, saved["state_dict"])
@@ -293,15 +225,20 @@ class Training(Run):
         self.epoch, state.step, self.within = saved["epoch"], saved["step"], dict(saved["within"])
         self.metrics, self.history = saved["metrics"], list(saved["history"])
         state.scheduler.step_update(state.step)
-        self.last_step = state.step
-        self.say(f"goes on from {self.last}: epoch {self.epoch + 1}, step {state.step}")
+        self.saved_step = state.step
+        self.say(f"goes on from {self.output.last}: epoch {self.epoch + 1}, step {state.step}")
         for name, now, then in _differences(self.record, saved):
             self.say(f"note: {name} is {now} now and was {then}, so the result may differ from an unbroken run's")
 
     def __call__(self) -> float | None:
         if self.processes.main:
-            self.make_room()
+            self.output.make_room(self.state.step, self.history, self.metrics.get("best_step"))
         self.say(self.describe())
+        if self.config.eval_first and self.state.step == 0:
+            metrics = self.evaluate(self.state.evaluated)
+            if metrics is None:
+                return self.leave()
+            self.say("before training  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         while self.epoch < self.config.epochs:
             start = time.perf_counter()
             done = self.within["steps"]
@@ -313,23 +250,13 @@ class Training(Run):
             if metrics is None:
                 return self.leave()
             self.finish_epoch(metrics, speed, start)
-        self.say(f"best {self.task.best_of} {self.best:.4f}, in {self.output}/best.pt")
+        self.say(f"best {self.task.best_of} {self.best:.4f}, in {self.output / 'best.pt'}")
         return self.best
 
     @property
     def best(self) -> float:
         """The best there was."""
         return self.metrics.get(f"best_{self.task.best_of}", -self.task.sign * float("inf"))
-
-    def make_room(self):
-        """Make the output folder ready: no half-written files, nothing of another run or of steps yet to come."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        checkpoint.forget(self.output, self.state.step if self.last else None)
-        bad = [row for row in read_rows(self.output / "bad_images.csv") if int(row["step"]) <= self.state.step]
-        for name, rows in (("log.csv", self.history), ("bad_images.csv", bad)):
-            write_rows(self.output / name, rows) if rows else (self.output / name).unlink(missing_ok=True)
-        if self.last and self.metrics.get("best_step") == self.state.step:
-            self.name_best(self.last)
 
     def train(self) -> bool:
         """The rest of the epoch; False if the run was asked to stop within it."""
@@ -361,7 +288,11 @@ class Training(Run):
                     if config.save_every and state.step % config.save_every == 0:
                         self.save()
             except NotFinite as error:
-                raise FloatingPointError(f"{error}; {self.suspects()}") from error
+                names = self.train_batches.names(self.epoch, within["steps"])
+                suspects = (
+                    self.output.add_suspects(names) if self.processes.main else "the main process names the images"
+                )
+                raise FloatingPointError(f"{error}; {suspects}") from error
         return True
 
     def steps(self, start: int = 0):
@@ -388,26 +319,14 @@ class Training(Run):
         """Write down the unreadable images of a step; BadImages if there are too many in this epoch."""
         faults = sum(self.processes.gather(step.faults), [])
         self.within["bad"] += len(faults)
-        path = self.output / "bad_images.csv"
         if self.processes.main:
-            new = [{"epoch": self.epoch + 1, "step": self.state.step, "image": fault} for fault in faults]
-            write_rows(path, read_rows(path) + new)
+            self.output.add_bad_images(self.epoch + 1, self.state.step, faults)
         bad, images = self.within["bad"], self.train_batches.num_images
         if bad > self.config.max_bad * images:
             raise BadImages(
                 f"{bad} of the epoch's {images} training images can't be read, more than max_bad = "
-                f"{self.config.max_bad:g}; the last is {faults[-1]}; all are in {path}"
+                f"{self.config.max_bad:g}; the last is {faults[-1]}; all are in {self.output / 'bad_images.csv'}"
             )
-
-    def suspects(self) -> str:
-        """The images of the step that failed; all of them in a file."""
-        names = self.train_batches.names(self.epoch, self.within["steps"])
-        if not names:
-            return "shards do not tell which images"
-        path = self.output / "not_finite.txt"
-        if self.processes.main:
-            path.write_text("\n".join(names) + "\n")
-        return f"its images are {', '.join(names[:3])}{f' … {len(names)} in {path}' if len(names) > 3 else ''}"
 
     def finish_epoch(self, metrics: dict[str, float], speed: float, start: float):
         """Log, save and show an epoch whose images to evaluate gave `metrics`."""
@@ -423,22 +342,23 @@ class Training(Run):
         self.history.append(row | {"images_per_second": speed, "seconds": seconds})
         self.save(better)
         if self.processes.main:
-            write_rows(self.output / "log.csv", self.history)
+            self.output.log(self.history)
             if config.tensorboard:
-                self.write_tensorboard()
+                self.output.tensorboard(self.history[-1])
         left = (config.epochs - self.epoch) * seconds
         self.say(
             f"epoch {self.epoch}/{config.epochs}  lr {row['lr']:.3g}  {task.told(row)}  {speed:.0f} images/s  "
-            f"{seconds:.0f} s" + (f", about {_duration(left)} left" if left else "")
+            f"{seconds:.0f} s" + (f", about {duration(left)} left" if left else "")
         )
         if bad:
-            self.say(f"note: unreadable images, replaced by others: {bad}; they are in {self.output}/bad_images.csv")
+            self.say(
+                f"note: unreadable images, replaced by others: {bad}; they are in {self.output / 'bad_images.csv'}"
+            )
         task.draw(self)
 
     def save(self, best: bool = False):
         """Write a checkpoint of where training stands. Every process must call it."""
         state = self.state
-        path = self.output / f"step-{state.step:08d}.pt"
         self.processes.share_buffers(state.model, state.ema and state.ema.module)
         contents = self.record | dict(
             state_dict=whole(state.model.state_dict()),
@@ -451,39 +371,18 @@ class Training(Run):
             history=self.history,
         )
         if self.processes.main:
-            checkpoint.save(path, **contents)
-        self.last, self.last_step = path, state.step
-        if self.processes.main:
-            if best:
-                self.name_best(path, contents)
-            checkpoint.give_name(path, self.output / "last.pt")
-            checkpoint.clean(self.output, self.config.keep)
-
-    def name_best(self, path: Path, contents: dict | None = None):
-        contents = contents or checkpoint.load(path)
-        checkpoint.give_name(path, self.output / "best.pt")
-        checkpoint.save_weights(self.output / "best.safetensors", contents["ema"] or contents["state_dict"])
+            self.output.save(contents, best, self.config.keep)
+        self.saved_step = state.step
 
     def leave(self) -> None:
         """Save and say goodbye."""
         reason = next(filter(None, self.processes.gather(self.stop.reason)))
-        if self.state.step != self.last_step:
+        if self.state.step != self.saved_step:
             self.save()
         self.say(f"stopped by {reason} at step {self.state.step}, epoch {self.epoch + 1}; {self.standing()}")
 
     def standing(self) -> str:
-        if self.last is None:
-            return "there is no checkpoint yet"
-        return f"the last good checkpoint is {self.last}; --resume auto goes on from there"
-
-    def write_tensorboard(self):
-        from torch.utils.tensorboard import SummaryWriter
-
-        row = self.history[-1]
-        with SummaryWriter(self.output / "tensorboard", purge_step=row["step"]) as writer:
-            for name, value in row.items():
-                if name not in ("epoch", "step"):
-                    writer.add_scalar(name, value, row["step"])
+        return self.output.standing()
 
     def describe(self) -> str:
         """Model, data and machine in a line."""
@@ -498,42 +397,6 @@ class Training(Run):
             f"{torch.get_num_threads()} threads, {'bf16' if config.bf16 else 'fp32'}, torch {torch.__version__}"
         )
 
-    def try_out(self) -> int:
-        """Print the configuration, then what a few steps say about an epoch. Writes nothing; spoils the weights."""
-        self.say(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
-        self.say(self.describe())
-        cuda = self.processes.device.type == "cuda"
-        moments = [time.perf_counter()]
-        for number, _ in enumerate(self.steps(), start=1):
-            if cuda:
-                torch.cuda.synchronize()
-            moments.append(time.perf_counter())
-            if number == TRIED:
-                break
-        train = (moments[-1] - moments[1]) / max(len(moments) - 2, 1)
-        start = time.perf_counter()
-        with torch.no_grad(), self.autocast:
-            self.state.evaluated.eval()
-            batch = next(iter(self.val_batches.epoch()))
-            self.task.measure(self.state.evaluated, batch.images, batch.targets)
-        one = (time.perf_counter() - start) / len(batch.images)
-        seconds = train * self.steps_per_epoch + one * self.val_batches.num_images / self.processes.size
-        self.say(
-            f"{self.steps_per_epoch} steps an epoch, {train:.3g} s each after {moments[1] - moments[0]:.3g} s for the "
-            f"first: about {_duration(seconds)} an epoch with evaluation, {_duration(seconds * self.config.epochs)} in "
-            f"all; at most {_peak_memory(cuda) / 2**20:.0f} MiB {'of the GPU' if cuda else 'of this process'}"
-        )
-        return 0
-
-
-def _peak_memory(cuda: bool) -> int:
-    """The most bytes this process has held: of the GPU, or of the machine."""
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
 
 def _differences(record: dict, saved: dict) -> list[tuple]:
     """(name, now, then) of what decides a result and is not what the checkpoint has."""
@@ -542,16 +405,10 @@ def _differences(record: dict, saved: dict) -> list[tuple]:
         for key, value in tree.items():
             yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
-    free = {"output", "overwrite", "save_every", "keep", "tensorboard", "resume", "eval", "dry_run", "max_bad"}
-    free |= {"threads", "parallel", "device", "data.workers", "data.dir", "data.download"}
+    free = {"output", "overwrite", "save_every", "keep", "tensorboard", "resume", "eval", "eval_first", "dry_run"}
+    free |= {"max_bad", "threads", "parallel", "device", "data.workers", "data.dir", "data.download"}
     sides = [
         {k: v for k, v in flat(side["config"]) if k not in free and k.split(".")[0] != "pictures"} | side["versions"]
         for side in (record, saved)
     ]
     return [(key, sides[0].get(key), sides[1].get(key)) for key in sides[0] if sides[0][key] != sides[1].get(key)]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
