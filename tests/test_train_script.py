@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from timm.data import Mixup
 from torch import nn
@@ -245,3 +247,40 @@ def test_exit_codes_reach_the_shell(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: data.dir must be given for data.name folder\n"
+
+
+def test_a_dry_run_says_what_an_epoch_takes_and_writes_nothing(tmp_path, capsys):
+    argv = [*FAST, "--epochs", "3", "--optim.lr", "0.05", "--output", str(tmp_path / "run"), "--dry-run"]
+    assert script.main(argv) == 0
+    out = capsys.readouterr().out
+    config = yaml.safe_load(out.partition("cifar_resnet20: 0.27 M parameters")[0])
+    assert config["optim"]["lr"] == 0.05 and config["epochs"] == 3 and config["data"]["img_size"] == 8
+    assert re.search(r"14 steps an epoch, \S+ s each after \S+ s for the first: about \d+ s an epoch", out)
+    assert re.search(r"at most \d+ MiB of this process", out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_has_the_log(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert script.main([*FAST, "--epochs", "2", "--output", str(tmp_path), "--tensorboard"]) == 0
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    log = rows(tmp_path)
+    for name in ("train_loss", "top1", "lr"):
+        written = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
+        assert written == [(int(row["step"]), pytest.approx(float(row[name]), rel=1e-5)) for row in log]
+
+
+def test_the_accuracy_before_training_is_that_of_the_weights_given(tmp_path, capsys):
+    """A plain network trained, then a block inserted: the same answers until it is trained on."""
+    plain = [*FAST, "--epochs", "1", "--output", str(tmp_path / "plain")]
+    assert script.main(plain) == 0
+    trained = checkpoint.load(tmp_path / "plain" / "best.pt")
+    capsys.readouterr()
+    overlay = {"file": str(tmp_path / "plain" / "best.safetensors"), "num_classes": 10}
+    argv = [*plain[:-1], str(tmp_path / "cbam"), "--eval-first", "--model.pretrained", "true"]
+    argv += ["--model.name", "cifar_resnet20_cbam", "--model.args.pretrained_cfg_overlay", json.dumps(overlay)]
+    assert script.main(argv) == 0
+    (before,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("before training")]
+    metrics = trained["metrics"]
+    assert before == "before training  " + "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "top1", "top5"))

@@ -214,10 +214,8 @@ class Training(Run):
                 f"has {'no' if saved['ema'] is None else 'a'} moving average"
             )
         if saved["within"]["steps"] and saved["config"]["batch_size"] != config.batch_size:
-            raise ValueError(
-                f"batch_size must be {saved['config']['batch_size']}, since {self.output.last} is from the middle of an epoch,"
-                f" got {config.batch_size}"
-            )
+            before = f"{saved['config']['batch_size']}, as before in the epoch that {self.output.last} is from"
+            raise ValueError(f"batch_size must be {before}, got {config.batch_size}")
         load_weights(state.model, saved["state_dict"])
         load_optimizer(state.optimizer, saved["optimizer"])
         if state.ema:
@@ -289,10 +287,8 @@ class Training(Run):
                         self.save()
             except NotFinite as error:
                 names = self.train_batches.names(self.epoch, within["steps"])
-                suspects = (
-                    self.output.add_suspects(names) if self.processes.main else "the main process names the images"
-                )
-                raise FloatingPointError(f"{error}; {suspects}") from error
+                suspects = f"; {self.output.add_suspects(names)}" if self.processes.main else ""
+                raise FloatingPointError(f"{error}{suspects}") from error
         return True
 
     def steps(self, start: int = 0):
