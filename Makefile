@@ -20,6 +20,7 @@ demo: install
 	$(BIN)/python train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml --output $(DEMO)
 	$(BIN)/python export_onnx.py --checkpoint $(DEMO)/best.pt --path $(DEMO)/model.onnx
 	$(BIN)/python show_attention.py --checkpoint $(DEMO)/best.pt --path $(DEMO)/attention.png
+	$(BIN)/python report.py --run $(DEMO)
 
 pixels: install
 	$(BIN)/python train_pixels.py --config configs/digits_pixels.yaml --output runs/pixels
