@@ -36,8 +36,8 @@ def inputs(grid, prefix=0, channels=KEY, dtype=torch.float64):
 def outputs_and_gradients(step, tensors, grid):
     tensors = [t.clone().requires_grad_() for t in tensors]
     out = step.mix(*tensors, grid)
-    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
-    return [out, *torch.autograd.grad(out, tensors, direction)]
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return [out, *torch.autograd.grad(out, tensors, direction.to(out.dtype))]
 
 
 @pytest.mark.parametrize("prefix", [0, 3])
@@ -53,6 +53,70 @@ def test_both_routes_give_the_same(pattern_case, grid, prefix, monkeypatch, call
         assert calls["forward"] == used
         for one, other in zip(merged, concatenated):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+class Kernel:
+    """CUDA's memory-efficient kernel in plain formulas: the same arguments, and what it refuses or pads."""
+
+    @staticmethod
+    def _scores(q, k, bias, causal, scale):
+        assert q.stride(-1) == k.stride(-1) == 1
+        scores = scale * q @ k.mT
+        if bias is not None:
+            assert bias.shape == scores.shape and bias.stride(-1) == 1 and bias.dtype == q.dtype
+            assert bias.stride(0) == 0 and all(bias.stride(axis) % 16 == 0 for axis in (1, 2))
+            scores = scores + bias
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        return scores
+
+    def _scaled_dot_product_efficient_attention(self, q, k, v, bias, compute_lse, dropout, causal, *, scale):
+        assert compute_lse and dropout == 0
+        scores = self._scores(q, k, bias, causal, scale)
+        lse = scores.logsumexp(-1)
+        padded = torch.full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), torch.inf, dtype=lse.dtype)
+        padded[..., : lse.shape[2]] = lse
+        seed = torch.zeros((), dtype=torch.int64)
+        return scores.softmax(-1) @ v, padded, seed, seed
+
+    def _scaled_dot_product_efficient_attention_backward(
+        self, slope, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal, *, scale
+    ):
+        assert lse.is_contiguous() and lse.shape[2] % 32 == 0 and (lse[..., q.shape[2] :] == torch.inf).all()
+        assert wanted == [True, True, True, False] and dropout == 0
+        assert slope.dtype == out.dtype == q.dtype and slope.stride(-1) == out.stride(-1) == 1
+        weights = (self._scores(q, k, bias, causal, scale) - lse[..., : q.shape[2], None]).exp().to(q.dtype)
+        slopes = weights * (slope @ v.mT - (slope * out).sum(-1, keepdim=True)) * scale
+        return slopes @ k, slopes.mT @ q, weights.mT @ slope, None
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_cuda_kernel_gets_what_it_wants_and_gives_the_same(pattern_case, grid, prefix, monkeypatch):
+    """Its arguments and its padding, with formulas in its place; the kernel itself was not run."""
+    monkeypatch.setattr(flash, "aten", Kernel())
+    assert flash.agrees.__wrapped__(flash.Cuda, torch.device("cpu"), torch.float32)
+    for step in pattern_case.block().steps:
+        tensors = inputs(grid, prefix, dtype=torch.float32)
+        monkeypatch.setattr(union, "kernel_for", lambda q, k, v: flash.Cuda)
+        merged = outputs_and_gradients(step, tensors, grid)
+        monkeypatch.setattr(union, "kernel_for", lambda q, k, v: None)
+        for one, other in zip(merged, outputs_and_gradients(step, [t.double() for t in tensors], grid)):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["raises", "lies", "shape"])
+def test_a_kernel_that_changed_is_not_used(fault, monkeypatch):
+    class Changed(Kernel):
+        def _scaled_dot_product_efficient_attention(self, *args, **kwargs):
+            if fault == "raises":
+                raise RuntimeError("no such kernel")
+            out, lse, *rest = super()._scaled_dot_product_efficient_attention(*args, **kwargs)
+            return (1.1 * out, lse, *rest) if fault == "lies" else (out, lse.mT, *rest)
+
+    monkeypatch.setattr(flash, "aten", Changed())
+    with pytest.warns(UserWarning, match="torch's kernel for cpu and torch.float32 is not used"):
+        assert not flash.agrees.__wrapped__(flash.Cuda, torch.device("cpu"), torch.float32)
 
 
 def test_several_sets_are_merged_and_one_is_not(pattern_case, calls):
@@ -105,7 +169,7 @@ def test_channels_need_not_lie_side_by_side(pattern_case):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_in_half_precision_are_as_good_as_torchs(pattern_case, dtype):
-    """Within twice the error of dense attention with the pattern as a mask, in the same type."""
+    """Within twice the error of the plain formula in the same type, the rule of FlashAttention's own tests."""
     grid = Grid(13, 17)
     for step in pattern_case.block().steps:
         if getattr(step, "relative", None) is not None:
@@ -117,7 +181,7 @@ def test_gradients_in_half_precision_are_as_good_as_torchs(pattern_case, dtype):
         class Plain:
             @staticmethod
             def mix(q, k, v, grid, mask=mask, scale=step.scale):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+                return (scale * q @ k.mT).masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v
 
         ours, torchs = outputs_and_gradients(step, tensors, grid), outputs_and_gradients(Plain, tensors, grid)
         for one, other, wanted in zip(ours, torchs, exact):

@@ -7,7 +7,11 @@ identity that ring attention uses, Liu et al. 2023, https://arxiv.org/abs/2310.0
 only queries, keys, values, o and l are kept; every set adds its part to one output and to one gradient of each.
 """
 
+import functools
+import warnings
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,6 +39,74 @@ class Cpu:
         )
 
 
+class Cuda:
+    """The memory-efficient kernel of torch on a CUDA device, in the tensors' own type; it sums in float32.
+
+    Deviations from the kernel's own form: it returns the log-sum-exp of a multiple of 32 queries and wants it back so,
+    +inf behind the last; rows of a mask must begin at multiples of 16 numbers.
+    """
+
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+
+    @staticmethod
+    def forward(q, k, v, mask, causal, scale):
+        """Output (b, groups, queries, d) and log-sum-exp (b, groups, queries)."""
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            q, k, v, _aligned(mask), True, 0.0, causal, scale=scale
+        )
+        return out, lse[..., : q.shape[2]].contiguous()
+
+    @staticmethod
+    def backward(slope, q, k, v, out, lse, mask, causal, scale):
+        """Gradients of q, k and v."""
+        lse = F.pad(lse.float(), (0, -lse.shape[-1] % 32), value=torch.inf)
+        unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the state of a dropout of 0
+        return aten._scaled_dot_product_efficient_attention_backward(
+            slope.to(q.dtype),
+            *(q, k, v, _aligned(mask), out.to(q.dtype), lse, unused, unused, 0.0, [True, True, True, False], causal),
+            scale=scale,
+        )[:3]
+
+
+def _aligned(mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    keys = mask.shape[-1]
+    return F.pad(mask[:1], (0, -keys % 16))[..., :keys].expand(mask.shape)
+
+
+@functools.cache
+def agrees(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel gives what it should here, output, log-sum-exp and gradients; warns where it does not.
+
+    It is private to torch and may change: this tries it on a small masked and a small causal case, once for each type.
+    """
+    rng = torch.Generator().manual_seed(0)
+    try:
+        for queries, keys, causal in ((37, 29, False), (37, 37, True)):
+            q, k, v, slope = (torch.randn(2, 3, n, 16, generator=rng) for n in (queries, keys, keys, queries))
+            q, k, v, slope = (t.to(device, dtype) for t in (q, k, v, slope))
+            hidden = torch.rand(1, 3, queries, keys, generator=rng).to(device) < 0.3
+            mask = None if causal else torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+            exact = [t.double().requires_grad_() for t in (q, k, v)]
+            scores = 0.25 * exact[0] @ exact[1].mT
+            future = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
+            scores = scores.masked_fill(future if causal else hidden, -torch.inf)
+            wanted = [scores.softmax(-1) @ exact[2], scores.logsumexp(-1)]
+            wanted += torch.autograd.grad(wanted[0], exact, slope.double())
+            mask = None if mask is None else mask.expand(2, -1, -1, -1)
+            out, lse = kernel.forward(q, k, v, mask, causal, 0.25)
+            got = [out, lse, *kernel.backward(slope, q, k, v, out, lse, mask, causal, 0.25)]
+            close = 2e-3 if dtype == torch.float32 else 3e-2  # of the largest: also in TF32
+            errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, wanted)]
+            if not max(errors) < close:
+                raise RuntimeError(f"relative errors {errors}")
+    except (RuntimeError, TypeError, AttributeError) as error:
+        warnings.warn(f"torch's kernel for {device} and {dtype} is not used: {error}", stacklevel=2)
+        return False
+    return True
+
+
 def _wide(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
 
@@ -43,16 +115,20 @@ class Before(Everything):
     """Every position with the keys that all see, which are no part of the grid."""
 
 
-def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | None:
+def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | type[Cuda] | None:
     """The kernel that takes these tensors and tells the log-sum-exp; None where there is none, and in traced graphs."""
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return None
-    fits = q.shape[-1] == v.shape[-1] and q.numel() > 0
-    return Cpu if fits and q.device.type == "cpu" else None
+    if q.shape[-1] != v.shape[-1] or q.numel() == 0:
+        return None
+    if q.device.type == "cpu":
+        return Cpu
+    fits = q.device.type == "cuda" and q.dtype in Cuda.dtypes and q.shape[-1] % 8 == 0
+    return Cuda if fits and agrees(Cuda, q.device, q.dtype) else None
 
 
 def merged(
-    kernel: type[Cpu],
+    kernel: type[Cpu] | type[Cuda],
     sets: list[KeySet],
     masks: list[Tensor | None],
     grid: Grid,
