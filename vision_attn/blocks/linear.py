@@ -19,7 +19,8 @@ from ..mixer import Mixer
 
 def features(x):
     """elu + 1: positive, in at least float32."""
-    return F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # compiled, the gradient of another layout fails
+    return F.elu(x) + 1
 
 
 class Block(Mixer):
