@@ -151,7 +151,7 @@ class Pixels(Task):
         pictures, epoch = self.config.pictures, run.epoch
         if not pictures.every or (epoch % pictures.every and epoch != self.config.epochs):
             return
-        model, device = run.state.evaluated, self.processes.device
+        model, device = run.whole_model(), self.processes.device
         generator = torch.Generator(device).manual_seed(seed_of("draw", self.config.seed, epoch))
         progress = self.processes.main and sys.stderr.isatty()
         options = dict(temperature=pictures.temperature, top_k=pictures.top_k, generator=generator, progress=progress)

@@ -83,6 +83,7 @@ class Run:
         if config.batch_size % share:
             each = f"{processes.size} processes × {config.optim.accumulate} passes"
             raise ValueError(f"batch_size must be a multiple of {share} ({each}), got {config.batch_size}")
+        self.spread = config.parallel == "fsdp" and processes.size > 1 and not config.eval
         self.autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16)
 
     def create_batches(self, dataset, transform, data: dict, shuffle: bool = False) -> Batches:
@@ -111,7 +112,7 @@ class Run:
             self.task.measure,
             self.autocast,
             self.processes,
-            together=self.config.parallel == "fsdp" and self.processes.size > 1,
+            together=self.spread,
             asked_to_stop=lambda: self.stop.reason is not None,
         )
 
@@ -177,7 +178,7 @@ class Training(Run):
         self.train_batches = self.create_batches(self.task.train_set, train_transform, data, shuffle=True)
         self.val_batches = self.create_batches(self.task.val_set, eval_transform, data)
         self.steps_per_epoch = self.train_batches.num_batches // config.optim.accumulate
-        self.state = create_state(config, model, self.task.loss, self.steps_per_epoch, processes)
+        self.state = create_state(config, model, self.task.loss, self.steps_per_epoch, processes, self.spread)
 
         self.epoch = 0
         self.within = NOTHING_DONE
@@ -351,6 +352,14 @@ class Training(Run):
                 f"note: unreadable images, replaced by others: {bad}; they are in {self.output / 'bad_images.csv'}"
             )
         task.draw(self)
+
+    def whole_model(self) -> nn.Module:
+        """What is evaluated, in one piece in every process. Every process must call it."""
+        if not self.spread:
+            return self.state.evaluated
+        model = create_model(self.record["model"], self.record["model_args"])
+        model.load_state_dict(whole(self.state.evaluated.state_dict()))
+        return model.to(self.processes.device)
 
     def save(self, best: bool = False):
         """Write a checkpoint of where training stands. Every process must call it."""

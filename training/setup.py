@@ -1,7 +1,6 @@
 """What every run is set up from: device, model, optimizer and schedule. Bad input raises ValueError that names it."""
 
 import difflib
-import os
 
 import timm
 import torch
@@ -36,11 +35,18 @@ def create_model(name: str, args: dict, pretrained: bool = False) -> torch.nn.Mo
         raise ValueError(f"model {name} {args}: {first_line(error)}{hint}") from error
 
 
-def create_state(config: RunConfig, model: torch.nn.Module, loss, steps_per_epoch: int, processes: Processes) -> State:
-    """A training state at step 0; ValueError for an optimizer or an option of it that timm does not know."""
+def create_state(
+    config: RunConfig, model: torch.nn.Module, loss, steps_per_epoch: int, processes: Processes, spread: bool = False
+) -> State:
+    """A training state at step 0, its weights `spread` over the processes or not.
+
+    Raises:
+        ValueError: for an optimizer or an option of it that timm does not know.
+    """
     optim = config.optim
-    spread = config.parallel == "fsdp" and "LOCAL_RANK" in os.environ
-    ema = ModelEmaV3(model, decay=optim.ema, use_warmup=True) if optim.ema is not None else None
+    ema = None
+    if optim.ema is not None:  # one by one where weights in pieces stand beside whole buffers
+        ema = ModelEmaV3(model, decay=optim.ema, use_warmup=True, foreach=not spread)
     for network in (model, ema.module) if ema else (model,):
         if spread:
             shard(network, processes)
