@@ -7,10 +7,12 @@ import time
 
 import pytest
 import torch
+from pictures import make_shards
 from scripts import CLASSIFY, PIXELS, equal, finish, load, options, rows, standing, start
 
 from training import checkpoint
 from training.classification import Classification
+from training.log import read_rows
 from training.pixels import Pixels
 
 RUNS = {"train_imagenet": (CLASSIFY, Classification), "train_pixels": (PIXELS, Pixels)}
@@ -179,3 +181,24 @@ def test_killed_at_20_random_moments(tmp_path):
     assert code == 0, err
     assert equal(standing(whole), standing(broken)) and rows(whole) == rows(broken)
     assert not list(broken.glob(".*"))
+
+
+def test_shards_go_on_exactly_with_as_many_workers(tmp_path, monkeypatch, capsys):
+    make_shards(tmp_path, shards=3, images=40, unreadable=(47, 77))
+    argv = options(model__name="cifar_resnet20", data__img_size=8, batch_size=10, threads=1, epochs=2, resume="auto")
+    argv += options(data__name="wds", data__dir=tmp_path, data__num_classes=3, data__workers=2, max_bad=0.1)
+    argv += options(augment__erase=0.5, augment__auto_augment="rand-m9-mstd0.5-inc1", data__val_split="train-0.tar|40")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    script = load("train_imagenet")
+    assert script.main([*argv, "--output", str(whole)]) == 0
+    for passes in (5, 8):
+        with monkeypatch.context() as patch:
+            stop_after(patch, Classification, passes)
+            assert script.main([*argv, "--output", str(stopped)]) == 0
+    capsys.readouterr()
+    assert script.main([*argv, "--output", str(stopped)]) == 0
+    assert "note: " not in capsys.readouterr().out.replace("note: unreadable", "")
+    assert equal(standing(whole), standing(stopped)) and rows(whole) == rows(stopped)
+    assert read_rows(whole / "bad_images.csv") == read_rows(stopped / "bad_images.csv")
+    assert script.main([*argv, "--output", str(stopped), "--data.workers", "1"]) == 0
+    assert "note: data.workers is 1 now and was 2" in capsys.readouterr().out

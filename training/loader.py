@@ -5,6 +5,7 @@ be read is replaced by another of the epoch, chosen by the same key, and told of
 """
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from training.signals import ignore_signals
 
 READING = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what PIL raises for bad files
 TRIES = 8  # images tried in place of an unreadable one
+IN_A_ROW = 1000  # unreadable images of a stream, before black ones stand in
 
 
 class BadImages(ValueError):
@@ -91,7 +93,9 @@ class StreamSamples(IterableDataset):
                 image = as_mode(image, self.mode)
             except READING as error:
                 faults.append(f"{name}: {one_line(error)}")
-                continue
+                if len(places) < IN_A_ROW:
+                    continue
+                image, target = Image.new(self.mode, (32, 32)), 0
             yield from self._finish(places, image, target, faults)
             places, faults = [], []
         yield from self._finish(places, Image.new(self.mode, (32, 32)), 0, faults)
@@ -114,8 +118,9 @@ def as_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    """What an error says, in one line; the same in every run, so without addresses of objects."""
+    text = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", str(error)).split())
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def collate(samples: list[tuple[Tensor, int, list[str]]]) -> Batch:

@@ -226,7 +226,8 @@ class Training(Run):
         state.scheduler.step_update(state.step)
         self.saved_step = state.step
         self.say(f"goes on from {self.output.last}: epoch {self.epoch + 1}, step {state.step}")
-        for name, now, then in _differences(self.record, saved):
+        order = {"data.workers"} if isinstance(self.task.train_set, Shards) else set()
+        for name, now, then in _differences(self.record, saved, order):
             self.say(f"note: {name} is {now} now and was {then}, so the result may differ from an unbroken run's")
 
     def __call__(self) -> float | None:
@@ -403,8 +404,8 @@ class Training(Run):
         )
 
 
-def _differences(record: dict, saved: dict) -> list[tuple]:
-    """(name, now, then) of what decides a result and is not what the checkpoint has."""
+def _differences(record: dict, saved: dict, order: set[str]) -> list[tuple]:
+    """(name, now, then) of what decides a result and is not what the checkpoint has; `order` decides it here, too."""
 
     def flat(tree, prefix=""):
         for key, value in tree.items():
@@ -412,6 +413,7 @@ def _differences(record: dict, saved: dict) -> list[tuple]:
 
     free = {"output", "overwrite", "save_every", "keep", "tensorboard", "resume", "eval", "eval_first", "dry_run"}
     free |= {"max_bad", "threads", "parallel", "device", "data.workers", "data.dir", "data.download"}
+    free -= order
     sides = [
         {k: v for k, v in flat(side["config"]) if k not in free and k.split(".")[0] != "pictures"} | side["versions"]
         for side in (record, saved)
