@@ -8,9 +8,11 @@ import time
 
 import pytest
 import torch
-from scripts import PIXELS, ROOT, SHARED, finish, gap, load, options, rows, standing, start
+from pictures import make_folder
+from scripts import CLASSIFY, PIXELS, ROOT, SHARED, equal, finish, gap, load, options, rows, standing, start
 
 from training import checkpoint
+from training.log import read_rows
 
 CLOSE = 2e-5  # after 28 steps of AdamW, whose first steps magnify rounding
 
@@ -61,6 +63,43 @@ def test_one_process_s_checkpoint_goes_on_in_two(parallel, alone, tmp_path):
     assert "step-00000014.pt: epoch 2, step 14" in out and out.count("epoch 2/2") == 1
     assert "note: processes is 2 now and was 1" in out
     compare(alone, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_go_on_exactly(parallel, tmp_path):
+    """With BatchNorm, mixup, dropout and all: the same bits as two processes that were not stopped."""
+    argv = [*CLASSIFY, *options(parallel=parallel, data__workers=1)]
+    code, _, err = finish(start("train_imagenet", [*argv, *options(output=tmp_path / "whole")], processes=2))
+    assert code == 0, err
+    process = start("train_imagenet", [*argv, *options(output=tmp_path / "stopped")], processes=2)
+    assert all(process.stdout.readline() for _ in range(2)), process.stderr.read()
+    os.kill(process.pid, signal.SIGTERM)
+    finish(process)
+    assert 14 <= checkpoint.load(tmp_path / "stopped" / "last.pt")["step"] < 28
+    argv += options(output=tmp_path / "stopped", resume="auto")
+    code, _, err = finish(start("train_imagenet", argv, processes=2))
+    assert code == 0, err
+    assert equal(standing(tmp_path / "whole"), standing(tmp_path / "stopped"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_unreadable_images_of_all_processes_are_counted(tmp_path):
+    make_folder(tmp_path / "data", images=16)
+    for name in ("cat/3.png", "dog/9.png"):
+        (tmp_path / "data" / "train" / name).write_text("nothing")
+    argv = options(model__name="cifar_resnet20", data__img_size=8, batch_size=16, threads=1, epochs=1)
+    argv += options(data__name="folder", data__dir=tmp_path / "data")
+    code, _, err = finish(start("train_imagenet", [*argv, *options(output=tmp_path / "a", max_bad=0.1)], processes=2))
+    assert code == 0, err
+    faults = [row["image"] for row in read_rows(tmp_path / "a" / "bad_images.csv")]
+    assert {fault.split(": ")[0][-9:] for fault in faults} == {"cat/3.png", "dog/9.png"}
+    code, _, err = finish(start("train_imagenet", [*argv, *options(output=tmp_path / "b")], processes=2))
+    assert code != 0 and "of the epoch's 32 training images can't be read" in err
+    (tmp_path / "data" / "val" / "dog" / "7.png").write_text("nothing")
+    code, _, err = finish(start("train_imagenet", [*argv, *options(output=tmp_path / "c", max_bad=0.1)], processes=2))
+    assert code != 0 and "1 of the images to evaluate can't be read, the first is" in err
 
 
 @pytest.mark.slow
