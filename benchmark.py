@@ -11,11 +11,8 @@ head for all: one for each would be slower still). Machines are noisy: trust the
 time and memory against the number of pixels with fitted exponents.
 """
 
-import csv
-import datetime
 import itertools
 import math
-import shlex
 import sys
 import time
 import warnings
@@ -28,6 +25,7 @@ from jsonargparse import auto_cli
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from training.results import write
 from vision_attn import Grid, create_block, describe, list_blocks
 
 
@@ -188,21 +186,12 @@ def benchmark(
     if blocks is None:
         mixers = [describe(name) for name in list_blocks() if describe(name).kind == "mixer"]
         blocks = [mixer.name for mixer in mixers] + [dict(name=m.name, causal=True) for m in mixers if m.causal]
-    where = torch.cuda.get_device_name() if device == "cuda" else f"cpu{threads}"
-    stamp = f"{where.replace(' ', '-')}-torch{torch.__version__.split('+')[0]}-{datetime.date.today()}"
-    target = Path(path or f"results/{stamp}-mixers.csv")
     rows = [
         measure(block, Grid(*size), heads, channels, repeats, device, getattr(torch, dtype), dense_limit)
         for size, block in tqdm(list(itertools.product(sizes, blocks)), unit=" rows")
     ]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "w", newline="", encoding="utf-8") as file:
-        file.write(f"# python {shlex.join(sys.argv)}\n")
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    target = write(path, "mixers", rows, device)
     plot(rows, target.with_suffix(".png"))
-    print(target)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ models beside the dense one.
 """
 
 import csv
-import datetime
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from tqdm import tqdm
 
 import backbones  # noqa: F401  registers the named models
 from training.datasets import Digits
+from training.results import write
 from vision_attn import Grid
 
 VARIANTS = {
@@ -225,18 +224,6 @@ def step(
             row[f"{what}: dense / this"] = f"{best['dense', what] / best[name, what]:.2f}"
         rows.append(row)
     write(path, "pixel-step", rows)
-
-
-def write(path: str | None, name: str, rows: list[dict]) -> None:
-    stamp = f"cpu{torch.get_num_threads()}-torch{torch.__version__.split('+')[0]}-{datetime.date.today()}"
-    target = Path(path or f"results/{stamp}-{name}.csv")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "w", newline="", encoding="utf-8") as file:
-        file.write(f"# python {shlex.join(sys.argv)}\n")
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(target)
 
 
 if __name__ == "__main__":

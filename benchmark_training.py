@@ -8,9 +8,7 @@ Writes CSV files to results/, named by threads, torch version and date. Ratios a
 """
 
 import csv
-import datetime
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,7 @@ import backbones  # noqa: F401  registers the named models
 from training.classification import Classification
 from training.config import Config, DataConfig, ModelConfig
 from training.distributed import Processes
+from training.results import write
 from training.run import Training
 from training.signals import Stop
 
@@ -89,7 +88,7 @@ def loop(
     row = {"model": model, "data": data.name, "batch": batch_size, "dtype": "bf16" if bf16 else "fp32"}
     row |= {f"{name}, images/s": f"{statistics.median(values[1:]):.0f}" for name, values in speeds.items()}
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    write(path, "loop", [row | {"this / bare": f"{statistics.median(ratios):.3f}", "of rounds": spread}])
+    write(path, "training-loop", [row | {"this / bare": f"{statistics.median(ratios):.3f}", "of rounds": spread}])
 
 
 def start(rounds: int = 3, path: str | None = None) -> None:
@@ -116,7 +115,7 @@ def start(rounds: int = 3, path: str | None = None) -> None:
                 seconds[name].append(time.perf_counter() - begun)
                 process.kill()
                 process.wait()
-    write(path, "start", [{name: f"{statistics.median(values):.2f}" for name, values in seconds.items()}])
+    write(path, "training-start", [{name: f"{statistics.median(values):.2f}" for name, values in seconds.items()}])
 
 
 def processes(model: str = "cifar_resnet20", epochs: int = 3, most: int = 2, path: str | None = None) -> None:
@@ -148,19 +147,7 @@ def processes(model: str = "cifar_resnet20", epochs: int = 3, most: int = 2, pat
             rows.append({"model": model, "parallel": parallel, "processes": count, "images/s": f"{speed:.0f}"})
             first = next(row for row in rows if row["parallel"] == parallel)
             rows[-1]["times one process"] = f"{speed / float(first['images/s']):.2f}"
-    write(path, "processes", rows)
-
-
-def write(path: str | None, name: str, rows: list[dict]) -> None:
-    stamp = f"cpu{torch.get_num_threads()}-torch{torch.__version__.split('+')[0]}-{datetime.date.today()}"
-    target = Path(path or f"results/{stamp}-training-{name}.csv")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "w", newline="", encoding="utf-8") as file:
-        file.write(f"# python {shlex.join(sys.argv)}\n")
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(target)
+    write(path, "training-processes", rows)
 
 
 if __name__ == "__main__":
