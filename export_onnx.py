@@ -27,6 +27,8 @@ def export(
     image_size: int | tuple[int, int] | None = None,
     dynamic: bool = True,
     opset: int = 20,
+    fp16: bool = False,
+    int8: bool = False,
 ) -> None:
     """Exports a trained checkpoint or a named model.
 
@@ -38,18 +40,25 @@ def export(
         pretrained: with model: start from its published weights.
         image_size: pixels to trace at, one number or height and width; null takes the model's.
         dynamic: whether height and width may vary, where the model allows it; batch always does.
-        opset: of ONNX; 18 or later.
+        opset: of ONNX; 18 or later; 23 keeps attention as one node.
+        fp16: store and compute in float16; images and answers stay float32.
+        int8: quantise weights, and inputs of products as they come.
     """
+    if fp16 and int8:
+        raise ValueError("fp16 and int8 exclude each other")
     if (checkpoint_path is None) == (model is None):
         raise ValueError("give either checkpoint or model")
+    metadata = {}
     if checkpoint_path is not None:
         saved = checkpoint.load(checkpoint_path)
         network = timm.create_model(saved["model"], **saved["model_args"], **(model_args or {}))
         network.load_state_dict(saved["ema"] or saved["state_dict"])
         image_size = image_size or tuple(saved["data"]["input_size"][1:])
+        metadata = {key: value for key, value in saved["data"].items() if key != "input_size"}
     else:
         network = timm.create_model(model, pretrained=pretrained, **(model_args or {}))
-    errors = backbones.export_onnx(network, path, image_size, dynamic, opset)
+    precision = "fp16" if fp16 else "int8" if int8 else "fp32"
+    errors = backbones.export_onnx(network, path, image_size, dynamic, opset, precision, metadata)
     for (batch, height, width), error in errors.items():
         print(f"{batch} images of {height}×{width}: largest difference from PyTorch {error:.1e}")
     print(f"{path}: largest difference {max(errors.values()):.1e}")

@@ -1,18 +1,22 @@
 """ONNX export, checked: the file is run at sizes other than the traced one, and a mismatch is an error."""
 
 import copy
+import json
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vision_attn import check
+from vision_attn import Gate, Mixer, check
 
 from .insert import _input_size
 
-TOLERANCE = 1e-4  # of the largest difference, relative to the largest output (at least 0.01: a softmax gives little)
+# Of the largest difference, relative to the largest output (at least 0.01: a softmax gives little). Of int8 only that
+# it runs is certain: how much it may differ is a matter of the accuracy it keeps.
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5}
 
 
 class ExportError(RuntimeError):
@@ -25,12 +29,14 @@ def export_onnx(
     image_size: int | tuple[int, int] | None = None,
     dynamic: bool = True,
     opset: int = 20,
+    precision: str = "fp32",
+    metadata: dict | None = None,
 ) -> dict[tuple[int, int, int], float]:
     """Exports ``model`` in eval mode and compares onnxruntime with PyTorch.
 
     Batch is always dynamic; height and width are where ``dynamic`` is set and the model takes more than one size. A
-    layer whose gain is zero adds nothing, so a wrong graph of it would pass: then a copy with random gains is exported
-    and checked first.
+    layer whose gain is zero adds nothing, so a wrong graph of it would pass: a copy with random gains and norms is
+    exported and checked first. The file names what is needed to use it: see `describe_export`.
 
     Args:
         model: takes images (B, C, H, W), gives one tensor. It is not changed; a float32 copy on the CPU is exported.
@@ -38,17 +44,21 @@ def export_onnx(
         image_size: (height, width) to trace at; None: the model's own.
         dynamic: whether height and width may vary.
         opset: 18 or later.
+        precision: fp32; fp16, with float32 images and answers; int8, the weights of products quantised, and their
+            inputs as they come.
+        metadata: more of it, plain types by name.
 
     Returns:
         The largest absolute difference at each (batch, height, width) tried, none of them the traced one.
 
     Raises:
-        ExportError: a difference is above 1e-4 of the largest output (of 0.01 if that is less), or the graph does
-            not run. No file is left.
+        ExportError: a difference is above 1e-4 (fp16: 0.02, int8: 0.5) of the largest output (of 0.01 if that is
+            less), or the graph does not run. No file is left.
         ValueError: an argument is out of range, or the model does not take images of ``image_size``.
     """
     if not isinstance(opset, int) or opset < 18:
         raise ValueError(f"opset={opset!r}: must be an integer ≥ 18")
+    check.one_of("precision", precision, tuple(TOLERANCES))
     channels, *own_size = _input_size(model)
     size = check.pair("image_size", own_size if image_size is None else image_size)
     path, model = Path(path), copy.deepcopy(model).cpu().float().eval()
@@ -60,24 +70,82 @@ def export_onnx(
     sizes = _sizes(model, size, dynamic)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        awake = _awake(model)
+        awake, file = _awake(model), Path(folder, "model.onnx")
         if awake is not None:
-            _write(awake, Path(folder, "awake.onnx"), channels, size, dynamic, opset)
-            _compare(awake, Path(folder, "awake.onnx"), channels, sizes)
-        _write(model, Path(folder, "model.onnx"), channels, size, dynamic, opset)
-        errors = _compare(model, Path(folder, "model.onnx"), channels, sizes)
-        Path(folder, "model.onnx").replace(path)
+            _write(awake, file, channels, size, dynamic, opset)
+            _compare(awake, file, channels, sizes, "fp32")
+        _write(model, file, channels, size, dynamic, opset)
+        errors = _compare(model, file, channels, sizes, "fp32")
+        if precision != "fp32":
+            _convert(file, precision)
+            errors = _compare(model, file, channels, sizes, precision)
+        _describe(file, describe_export(model, size) | {"precision": precision} | (metadata or {}))
+        file.replace(path)
     return errors
 
 
+def describe_export(model: nn.Module, image_size: tuple[int, int]) -> dict:
+    """What a file says of itself: model, blocks, image_size, mean, std, interpolation, crop_pct, num_classes and the
+    version of vision_attn."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    blocks = {type(m).__module__.rpartition(".")[2] for m in model.modules() if isinstance(m, (Gate, Mixer))}
+    known = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct") if key in config}
+    return {
+        "model": config.get("architecture") or type(model).__name__,
+        "blocks": sorted(blocks),
+        "image_size": list(image_size),
+        **known,
+        "num_classes": getattr(model, "num_classes", None),
+        "vision_attn": version("vision-attn"),
+    }
+
+
+def _describe(path: Path, metadata: dict) -> None:
+    """Write metadata into the file, each value as JSON."""
+    import onnx  # of the extra "onnx"
+
+    graph = onnx.load(path)
+    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in metadata.items()})
+    onnx.save(graph, path)
+
+
+def _convert(path: Path, precision: str) -> None:
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    graph = onnx.load(path)
+    del graph.graph.value_info[:]  # shapes of a traced batch, which the converters would believe
+    if precision == "fp16":
+        onnx.save(convert_float_to_float16(graph, keep_io_types=True), path)
+    else:
+        _own_weights(graph.graph)
+        unknown = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # without shapes it can't infer all types
+        quantize_dynamic(graph, path, extra_options=unknown)
+
+
+def _own_weights(graph) -> None:
+    """Give each node copies of weights it shares with another: the quantiser turns a shared one once for each."""
+    weights, seen = {weight.name: weight for weight in graph.initializer}, set()
+    for number, node in enumerate(graph.node):
+        for place, name in enumerate(node.input):
+            if name in weights and name in seen:
+                copied = copy.deepcopy(weights[name])
+                copied.name = node.input[place] = f"{name}_{number}"
+                graph.initializer.append(copied)
+            seen.add(name)
+
+
 def _awake(model: nn.Module) -> nn.Module | None:
-    """A copy whose all-zero parameters are random, so that no part is multiplied away; None if there are none."""
+    """A copy whose all-zero and all-one parameters and statistics are random, so that no part is multiplied away; None
+    if there are none."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    asleep = [p for p in model.parameters() if p.numel() and not p.detach().any()]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.numel() and t.is_floating_point()]
+    asleep = [t for t in tensors if t.min() == t.max() and t.min() in (0, 1)]
     with torch.no_grad():
-        for parameter in asleep:
-            draw = torch.empty(parameter.shape).uniform_(-0.5, 0.5, generator=generator)
-            parameter.copy_(draw + 0.25 * draw.sign())  # none so small that it hides a part
+        for tensor in asleep:
+            draw = torch.empty(tensor.shape).uniform_(-0.5, 0.5, generator=generator)
+            tensor.add_(draw + 0.25 * draw.sign() if not tensor.any() else draw)  # no zero left, no variance below 0.5
     return model if asleep else None
 
 
@@ -117,7 +185,9 @@ def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], d
     )
 
 
-def _compare(model: nn.Module, path: Path, channels: int, sizes: list) -> dict[tuple[int, int, int], float]:
+def _compare(
+    model: nn.Module, path: Path, channels: int, sizes: list, precision: str
+) -> dict[tuple[int, int, int], float]:
     import onnxruntime  # of the extra "onnx"
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -134,7 +204,8 @@ def _compare(model: nn.Module, path: Path, channels: int, sizes: list) -> dict[t
             ) from error
         error = float(np.abs(got - wanted.numpy()).max())
         errors[batch, height, width] = error
-        if got.shape != tuple(wanted.shape) or not error <= TOLERANCE * max(0.01, float(wanted.abs().max())):
+        largest = max(0.01, float(wanted.abs().max()))
+        if got.shape != tuple(wanted.shape) or not error <= TOLERANCES[precision] * largest:
             raise ExportError(
                 f"at (batch, height, width) = {(batch, height, width)} onnxruntime differs from PyTorch by {error:.2g}"
             )

@@ -1,7 +1,10 @@
 """`backbones.export_onnx`: one file that gives the model's answers at any size, or an error and no file."""
 
 import copy
+import importlib.metadata
+import json
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -124,6 +127,47 @@ def test_one_file_with_the_weights_in_it(tmp_path):
     assert not any(weight.external_data for weight in weights)
 
 
+def properties(path):
+    return {prop.key: json.loads(prop.value) for prop in onnx.load(path).metadata_props}
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    model = alive(resnet("cbam")).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36), metadata={"class_names": ["a", "b"]})
+    config = model.pretrained_cfg
+    assert properties(tmp_path / "m.onnx") == {
+        "model": "cifar_resnet20_cbam",
+        "blocks": ["cbam"],
+        "image_size": [28, 36],
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+        "interpolation": config["interpolation"],
+        "crop_pct": config["crop_pct"],
+        "num_classes": 7,
+        "vision_attn": importlib.metadata.version("vision-attn"),
+        "precision": "fp32",
+        "class_names": ["a", "b"],
+    }
+
+
+@pytest.mark.parametrize("precision, share, error", [("fp16", 0.7, 0.02), ("int8", 0.5, 0.2)])
+@pytest.mark.parametrize("make, args", [(resnet, {}), (vit, dict(dynamic_img_size=True))], ids=["resnet", "vit"])
+@pytest.mark.parametrize("block", ["cbam", "criss_cross"])
+def test_smaller_files_keep_the_answers(tmp_path, precision, share, error, make, args, block):
+    """cbam uses the weights of its perceptron twice, which onnxruntime's own quantiser turns around twice."""
+    model = alive(make(block, **args)).eval()
+    for name in ("fp32", precision):
+        backbones.export_onnx(model, tmp_path / f"{name}.onnx", image_size=(28, 36), precision=name)
+    sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in (precision, "fp32")]
+    assert sizes[0] < share * sizes[1]
+    session = onnxruntime.InferenceSession(tmp_path / f"{precision}.onnx", providers=["CPUExecutionProvider"])
+    for batch, *size in SIZES:
+        x = torch.randn(batch, 3, *size)
+        (got,), wanted = session.run(None, {"image": x.numpy()}), model(x)
+        assert got.dtype == np.float32
+        assert (torch.from_numpy(got) - wanted).abs().max() < error * wanted.abs().max()
+
+
 # Wrong graphs
 
 
@@ -191,6 +235,29 @@ def test_a_wrong_opset_is_named(tmp_path, opset):
     with pytest.raises(ValueError, match=f"opset={opset!r}"):
         backbones.export_onnx(resnet("dense"), tmp_path / "m.onnx", opset=opset)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp64", "int4", None, 8])
+def test_a_wrong_precision_is_named(tmp_path, precision):
+    with pytest.raises(ValueError, match=f"precision={precision!r}: must be one of 'fp32', 'fp16', 'int8'"):
+        backbones.export_onnx(resnet("dense"), tmp_path / "m.onnx", precision=precision)
+    assert not list(tmp_path.iterdir())
+
+
+class Ones(Wrong):
+    """Wrong where a norm's weight is not 1."""
+
+    def __init__(self):
+        super().__init__(0.5)
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def update(self, x):
+        return x * (1 + (self.weight - 1) * int((x.shape[2] * x.shape[3]) ** 0.5))
+
+
+def test_a_wrong_graph_behind_a_new_norm_is_an_error(tmp_path):
+    with pytest.raises(backbones.ExportError):
+        backbones.export_onnx(Ones().eval(), tmp_path / "m.onnx", image_size=(29, 31), dynamic=True)
 
 
 @pytest.mark.parametrize("size", [0, -32, (32,), (32, 0), (3, 32, 32), "32", "ab", 32.0, (32.0, 32)])
