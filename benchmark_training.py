@@ -18,6 +18,7 @@ import time
 from itertools import islice, product
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
@@ -130,7 +131,8 @@ def blocks(
         if saved["epoch"] < epochs:  # it was stopped, so stop
             return
         last = saved["history"][-1]
-        size = sum(weight.numel() for name, weight in saved["state_dict"].items() if "running" not in name)
+        network = timm.create_model(saved["model"], **saved["model_args"])
+        size = sum(parameter.numel() for parameter in network.parameters())
         speed = max(row["images_per_second"] for row in saved["history"])
         results.setdefault(model, []).append({"top1": last["top1"], "parameters": size, "speed": speed})
     rows = []
@@ -162,6 +164,8 @@ def start(rounds: int = 3, path: str | None = None) -> None:
                 process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
                 before = sorted(Path(folder).glob("step-*.pt"))
                 while sorted(Path(folder).glob("step-*.pt")) == before:
+                    if process.poll() is not None:
+                        raise RuntimeError(f"train_imagenet.py ended with code {process.returncode}")
                     time.sleep(0.01)
                 seconds[name].append(time.perf_counter() - begun)
                 process.kill()

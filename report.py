@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_function_arguments(report)
     try:
         report(**vars(parser.parse_args(argv)))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

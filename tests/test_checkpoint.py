@@ -10,6 +10,7 @@ from torch import nn
 
 from training import checkpoint
 from training.config import Config
+from training.folder import Folder
 from training.log import read_rows, write_rows
 
 
@@ -200,3 +201,37 @@ def test_tables_are_whole_files(tmp_path):
     with pytest.raises(ValueError, match="extra"):
         write_rows(path, [*rows, rows[0] | {"extra": 1}])
     assert len(read_rows(path)) == 2
+
+
+def best_of(folder):
+    return checkpoint.load(folder / "best.pt")["step"] if (folder / "best.pt").exists() else None
+
+
+def test_the_best_is_found_by_its_step_or_gone(tmp_path):
+    """A run at step 20 whose best was step 9: under its number, under its name, in the folder it came from, nowhere."""
+    metrics = {"best_step": 9}
+    nine = contents(step=9, metrics=metrics)
+
+    def folder(name, *steps):
+        for step in steps:
+            checkpoint.save(tmp_path / name / f"step-{step:08d}.pt", **(nine if step == 9 else contents(step=step)))
+        folder = Folder(tmp_path / name)
+        folder.last = tmp_path / name / "step-00000020.pt"
+        return folder
+
+    assert folder("numbered", 9, 20, 30).make_room(20, [], metrics)
+    assert best_of(tmp_path / "numbered") == 9 and (tmp_path / "numbered" / "best.safetensors").exists()
+    assert [checkpoint.step_of(path) for path in checkpoint.steps(tmp_path / "numbered")] == [20, 9]
+
+    named = folder("named", 20)
+    checkpoint.save(tmp_path / "named" / "best.pt", **nine)
+    assert named.make_room(20, [], metrics) and best_of(tmp_path / "named") == 9
+
+    other = Folder(tmp_path / "other")
+    other.last = named.last
+    assert other.make_room(20, [], metrics) and best_of(tmp_path / "other") == 9
+    assert other.last == tmp_path / "other" / "step-00000020.pt" and checkpoint.load(other.last)["step"] == 20
+
+    later = folder("later", 20)
+    checkpoint.save(tmp_path / "later" / "best.pt", **contents(step=30, metrics={"best_step": 30}))
+    assert not later.make_room(20, [], metrics) and best_of(tmp_path / "later") is None

@@ -161,3 +161,56 @@ def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CI": "true"})
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "Not a directory" in done.stderr
+
+
+def test_a_folder_of_another_owner_is_one_line(tmp_path, capsys):
+    assert load("train_imagenet").main([*CLASSIFY, "--output", "/proc/self"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_names_of_files_need_not_be_utf_8(folder, tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9.png")
+    (folder / "train" / "cat" / "4.png").rename(folder / "train" / "cat" / name)
+    (folder / "train" / "cat" / name).write_text("nothing")
+    assert run("train_imagenet", folder, tmp_path / "run", *options(batch_size=20, max_bad=0.1)) == 0
+    assert name in read_rows(tmp_path / "run" / "bad_images.csv")[0]["image"]
+    assert run("train_imagenet", folder, tmp_path / "strict", *options(batch_size=20)) == 2
+    assert "caf\\udce9.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (options(model__name="vit_tiny_patch16_224", data__img_size=8), "vit_tiny_patch16_224"),
+        (options(model__name="vit_tiny_patch4_32", model__args__img_size=100), "does not take images of"),
+        (
+            options(batch_size=6, optim__accumulate=2, augment__mixup=0.2),
+            "batch_size must be a multiple of 2 × optim.acc",
+        ),
+    ],
+)
+def test_a_model_that_does_not_take_the_images_is_one_line(argv, named, folder, tmp_path, capsys):
+    try:
+        assert run("train_imagenet", folder, tmp_path / "run", *argv) == 2
+    except SystemExit as exit:
+        assert exit.code == 2
+    assert named in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_reports_are_strict_about_images_and_classes(folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert run("train_imagenet", folder, output) == 0
+    make_folder(tmp_path / "other", ("ant", "bee"))
+    scripts = {
+        "report": ["--run", str(output)],
+        "show_attention": ["--checkpoint", str(output / "best.pt"), "--path", str(tmp_path / "a.png")],
+    }
+    for name, argv in scripts.items():
+        assert load(name).main([*argv, "--dir", str(tmp_path / "other")]) == 2
+        assert "knows the classes ['cat', 'dog'], the data have ['ant', 'bee']" in capsys.readouterr().err
+    assert load("report").main([*scripts["report"], "--path", str(tmp_path)]) == 2
+    cut_off(folder / "val" / "cat" / "0.png")
+    assert load("report").main(scripts["report"]) == 2
+    assert "an image to evaluate can't be read: " in capsys.readouterr().err
+    assert load("train_imagenet").main(["--eval", str(output / "best.pt"), *options(data__name="digits")]) == 2

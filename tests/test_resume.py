@@ -76,10 +76,11 @@ def test_stopped_at_any_step(script, workers, whole, tmp_path, monkeypatch, caps
 def test_stopped_while_evaluating(script, whole, tmp_path, monkeypatch, capsys):
     options_, task = RUNS[script]
     argv = [*options_, "--output", str(tmp_path), "--resume", "auto"]
-    measure = task.measure
+    measure, count = task.measure, iter(range(99))
 
     def interrupted(self, *batch):
-        signal.raise_signal(signal.SIGINT)
+        if next(count) == 2:  # of 0 and more, the first being a trial before the run
+            signal.raise_signal(signal.SIGINT)
         return measure(self, *batch)
 
     with monkeypatch.context() as patch:
@@ -128,7 +129,7 @@ def test_what_can_not_be_gone_on_from_is_refused(whole, tmp_path, capsys):
     middle = ["--resume", str(tmp_path / "new" / "step-00000005.pt")]
     assert "is of step 5, but output" in refused(*new, *middle)
     other = refused("--output", str(tmp_path / "b"), *middle, "--batch_size", "48")
-    assert "batch_size must be 96, as before in the epoch" in other
+    assert "is of 1437 training images in batches of 96, not 1437 training images in batches of 48" in other
     assert len(checkpoint.steps(tmp_path / "new")) == 7
 
     assert load("train_imagenet").main([*argv, *middle, "--overwrite", "--optim.lr", "0.2"]) == 0
@@ -136,6 +137,61 @@ def test_what_can_not_be_gone_on_from_is_refused(whole, tmp_path, capsys):
     assert not equal(standing(run), standing(tmp_path / "new"))
     assert load("train_imagenet").main([*argv, "--overwrite"]) == 0
     assert equal(standing(run), standing(tmp_path / "new"))
+
+
+def test_what_the_optimizer_brings_back_can_not_be_changed(whole, tmp_path, capsys):
+    last = ["--resume", str(whole("train_imagenet") / "step-00000014.pt"), "--output", str(tmp_path)]
+    for name, value, message in (
+        ("optim.weight_decay", "0.1", "optim.weight_decay must be 0.0005, as in"),
+        ("optim.momentum", "0.5", "optim.momentum must be 0.9, as in"),
+        ("optim.name", "adamw", "optim.name must be 'sgd', as in"),
+        ("optim.args.maximize", "false", "optim.args must be {}, as in"),
+    ):
+        assert load("train_imagenet").main([*CLASSIFY, *last, f"--{name}", value]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_in_another_folder_takes_its_best_along(whole, tmp_path, capsys):
+    run, new = whole("train_imagenet"), tmp_path / "new"
+    argv = [*CLASSIFY, "--resume", str(run / "last.pt"), "--output", str(new)]
+    assert load("train_imagenet").main(argv) == 0
+    assert equal(standing(run), standing(new)) and rows(run) == rows(new)
+    best = checkpoint.load(run / "last.pt")["metrics"]["best_step"]
+    assert checkpoint.load(new / "best.pt")["step"] == best and (new / "best.safetensors").exists()
+    assert "holds a run already" in refused_by(argv, capsys)
+    assert load("train_imagenet").main([*argv, "--overwrite", "--epochs", "3"]) == 0
+    assert checkpoint.load(new / "last.pt")["epoch"] == 3
+
+
+def refused_by(argv, capsys):
+    assert load("train_imagenet").main(argv) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_going_back_drops_what_is_later(tmp_path):
+    argv = [*CLASSIFY, *options(output=tmp_path, epochs=3, keep=9)]
+    assert load("train_imagenet").main(argv) == 0
+    best = checkpoint.load(tmp_path / "last.pt")["metrics"]["best_step"]
+    assert load("train_imagenet").main([*argv, "--overwrite", "--resume", str(tmp_path / "step-00000014.pt")]) == 0
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == best
+    assert [checkpoint.step_of(path) for path in checkpoint.steps(tmp_path)] == [42, 28, 14]
+
+
+def test_trouble_in_evaluation_does_not_cost_the_epoch(tmp_path, monkeypatch, capsys):
+    argv = [*CLASSIFY, *options(output=tmp_path, epochs=1, resume="auto")]
+    measure, count = Classification.measure, iter(range(99))
+
+    def broken(self, *batch):
+        values = measure(self, *batch)
+        return values if next(count) == 0 else values | {"loss": torch.tensor(float("nan"))}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "measure", broken)
+        assert load("train_imagenet").main(argv) == 1
+    assert "the loss is nan on the images to evaluate; the last good checkpoint is" in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 14
+    assert load("train_imagenet").main(argv) == 0
+    assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 1
 
 
 LONG = [*CLASSIFY, *options(data__workers=2, epochs=5, save_every=3)]

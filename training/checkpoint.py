@@ -71,7 +71,14 @@ def save(path: str | Path, **contents):
     """
     if set(contents) != set(KEYS):
         raise ValueError(f"a checkpoint has the keys {', '.join(KEYS)}; got {', '.join(contents)}")
-    write_whole(path, lambda temporary: torch.save(contents, temporary))
+
+    def write(temporary):
+        try:
+            torch.save(contents, temporary)
+        except RuntimeError as error:  # what torch makes of a file it can't open or fill
+            raise OSError(f"{path} can't be written: {error}") from error
+
+    write_whole(path, write)
 
 
 def save_weights(path: str | Path, weights: dict[str, torch.Tensor]):
@@ -90,10 +97,10 @@ def give_name(path: Path, name: Path):
         except OSError:
             shutil.copyfile(path, temporary)
 
-    write_whole(name, link, _hash_file(path).read_text().split()[0])
+    write_whole(name, link)
 
 
-def write_whole(path: str | Path, write: Callable[[Path], None], digest: str | None = None):
+def write_whole(path: str | Path, write: Callable[[Path], None]):
     """`write(temporary)`, then move that file to `path`, its SHA-256 beside it: at any moment there is a whole file.
 
     While the file is exchanged, the one beside it names the hashes of both, the old file and the new.
@@ -105,7 +112,7 @@ def write_whole(path: str | Path, write: Callable[[Path], None], digest: str | N
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        line = f"{digest or sha256(temporary)}  {path.name}\n"
+        line = f"{sha256(temporary)}  {path.name}\n"
         old = beside.read_text() if path.exists() and beside.exists() else ""
         write_text(beside, line + old)
         os.replace(temporary, path)
@@ -125,9 +132,10 @@ def load(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     beside = _hash_file(path)
-    if not beside.is_file():
+    known = beside.read_text() if beside.is_file() else None
+    if known is None:
         print(f"note: no {beside.name} beside {path}, so nothing tells whether it is whole", file=sys.stderr)
-    elif sha256(path) not in beside.read_text().split():
+    elif sha256(path) not in (known + beside.read_text()).split():  # a run may be writing it: before or after
         raise ValueError(f"checkpoint {path} is damaged: its SHA-256 is not the one in {beside.name}")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -174,15 +182,25 @@ def clean(folder: Path, keep: int):
 
 
 def forget(folder: Path, step: int | None):
-    """Remove what a killed process left half-written, and the checkpoints after `step`; None: all of them."""
+    """Remove what a killed process left half-written, and what is later than `step`; None: everything of a run."""
     for path in folder.glob(".*.writing"):
         path.unlink()
     for path in steps(folder):
         if step is None or step_of(path) > step:
             _remove(path)
-    if step is None:
-        for name in ("last.pt", "best.pt", "best.safetensors"):
+    for name in ("last.pt", "best.pt"):
+        if step is None or not _is_of(folder / name, step):
             _remove(folder / name)
+    if not (folder / "best.pt").exists():
+        _remove(folder / "best.safetensors")
+
+
+def _is_of(path: Path, most: int) -> bool:
+    """Whether there is a good checkpoint of step `most` or before."""
+    try:
+        return load(path)["step"] <= most
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def _remove(path: Path):
@@ -207,5 +225,5 @@ def _temporary(path: Path) -> Path:
 def write_text(path: Path, text: str):
     """Write a text file; there is never half a file at `path`."""
     temporary = _temporary(path)
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files need not be UTF-8
     os.replace(temporary, path)

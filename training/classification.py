@@ -11,6 +11,7 @@ from training.config import Config
 from training.datasets import create_datasets
 from training.distributed import Processes
 from training.task import Task
+from training.trained import check_classes
 from training.transforms import eval_transform, train_transform
 
 
@@ -24,17 +25,24 @@ class Classification(Task):
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         given = saved["model_args"] if saved else config.model.args
         self.in_chans = given.get("in_chans", 3)
-        self.train_set, self.val_set, self.classes = create_datasets(
-            config.data, self.in_chans, config.seed, processes.size
-        )
+        if saved:
+            check_classes(config.eval, saved)
+
+        def create():
+            return create_datasets(config.data, self.in_chans, config.seed, processes.size)
+
+        self.train_set, self.val_set, self.classes = processes.main_first(create) if config.data.download else create()
         self.num_classes = len(self.classes)
-        if saved and saved["data"]["class_names"] != self.classes:
-            known = saved["data"]["class_names"]
-            raise ValueError(f"{config.eval} knows the classes {known}, the data have {self.classes}")
+        if saved:
+            check_classes(config.eval, saved, self.classes)
         self.model_args = given if saved else complete_model_args(config, self.num_classes, self.in_chans)
         augment = config.augment
         self.mixup = None
         if augment.mixup or augment.cutmix:
+            pairs = 2 * config.optim.accumulate * processes.size
+            if config.batch_size % pairs:
+                each = f"2 × {config.optim.accumulate} passes × {processes.size} processes, as mixup pairs images"
+                raise ValueError(f"batch_size must be a multiple of {pairs} ({each}), got {config.batch_size}")
             smoothing = dict(label_smoothing=augment.label_smoothing, num_classes=self.num_classes)
             self.mixup = Mixup(augment.mixup, augment.cutmix, **smoothing)
 

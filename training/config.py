@@ -5,7 +5,7 @@ is allowed. Types and unknown names are checked before that, by the parser.
 """
 
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
@@ -263,7 +263,7 @@ def parse(description: str, argv: list[str] | None = None, kind: type = Config):
 
 def _spelled_out(argv: list[str], kind: type) -> list[str]:
     """`argv` with _ for - in the names of options, and `true` after a switch without a value."""
-    switches = {f"--{field.name}" for field in fields(kind) if field.type is bool}
+    switches = set(_switches(kind))
     words = []
     for word, following in zip(argv, [*argv[1:], "--"]):
         name, equals, value = word.partition("=")
@@ -273,6 +273,14 @@ def _spelled_out(argv: list[str], kind: type) -> list[str]:
         if word in switches and following.startswith("--"):
             words.append("true")
     return words
+
+
+def _switches(kind: type, prefix: str = "--"):
+    for one in fields(kind):
+        if one.type is bool:
+            yield prefix + one.name
+        elif is_dataclass(one.type):
+            yield from _switches(one.type, f"{prefix}{one.name}.")
 
 
 def _exit_line(error: Exception) -> int:

@@ -117,7 +117,7 @@ def create_datasets(
             if kind == "wds":
                 _spread(train, config, processes)
                 train.seed = seed
-        except (OSError, RuntimeError, AssertionError) as error:  # all three are raised by readers for missing data
+        except (OSError, RuntimeError, AssertionError, TypeError, KeyError) as error:  # of readers that lack something
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"data.name {config.name}, data.dir {config.dir}: {reason}") from error
     if len(val) == 0:

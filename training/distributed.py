@@ -5,7 +5,7 @@ Gradients are averaged over the processes (DDP), or weights, gradients and optim
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -57,12 +57,33 @@ class Processes:
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
-    def in_step(self, items: Iterable) -> Iterator:
-        """The items of this process, then None for as long as another process has some left."""
+    def of_main(self, call: Callable):
+        """What call() gives in the main process, which alone calls it; what it raises is raised in all."""
+        result = error = None
+        if self.main:
+            try:
+                result = call()
+            except (ValueError, OSError) as problem:
+                error = problem
+        result, error = self.from_main((result, error))
+        if error:
+            raise error
+        return result
+
+    def main_first(self, call: Callable):
+        """What call() gives here, after it has given something in the main process: a download, say."""
+        done = []
+        self.of_main(lambda: done.append(call()))
+        return done[0] if done else call()
+
+    def in_step(self, items: Iterable, stop: Callable[[], bool] = lambda: False) -> Iterator:
+        """The items of this process, then None for as long as another process has some left; for all processes until
+        stop() is true in one."""
         iterator = iter(items)
         while True:
             item = next(iterator, None)
-            if self.sum([item is not None])[0] == 0:
+            left, stopped = self.sum([item is not None, stop()])
+            if stopped or not left:
                 return
             yield item
 

@@ -156,7 +156,7 @@ def mean_over(
     """
     model.eval()
     sums, count, faults, batch = {}, 0, [], None
-    passes = processes.in_step(batches.epoch()) if together else batches.epoch()
+    passes = processes.in_step(batches.epoch(), asked_to_stop) if together else batches.epoch()
     with tqdm(total=batches.num_images, desc="evaluate", unit=" images", leave=False, disable=hidden(processes)) as bar:
         for new in passes:
             if asked_to_stop() and not together:

@@ -19,6 +19,7 @@ def estimate(training) -> int:
     cuda = training.processes.device.type == "cuda"
     training.say(yaml.safe_dump(dataclasses.asdict(training.config), sort_keys=False))
     training.say(training.describe())
+    training.stop.restore()  # nothing to save
     moments = [time.perf_counter()]
     for number, _ in enumerate(training.steps(), start=1):
         if cuda:
@@ -26,7 +27,9 @@ def estimate(training) -> int:
         moments.append(time.perf_counter())
         if number == STEPS:
             break
-    first, each = moments[1] - moments[0], (moments[-1] - moments[1]) / max(len(moments) - 2, 1)
+    first = each = moments[1] - moments[0]
+    if len(moments) > 2:
+        each = (moments[-1] - moments[1]) / (len(moments) - 2)
     seconds = each * training.steps_per_epoch + _evaluation(training)
     training.say(
         f"{training.steps_per_epoch} steps an epoch, {each:.3g} s each after {first:.3g} s for the first: about "
@@ -41,7 +44,7 @@ def _evaluation(training) -> float:
     model, batches = training.state.evaluated.eval(), training.val_batches
     start = time.perf_counter()
     with torch.no_grad(), training.autocast:
-        batch = next(iter(batches.epoch()))
+        batch = next(iter(batches.epoch()), None) or batches.blank()
         training.task.measure(model, batch.images, batch.targets)
     return (time.perf_counter() - start) / len(batch.images) * batches.num_images / training.processes.size
 

@@ -36,15 +36,16 @@ class Folder:
             FileNotFoundError: if there is no checkpoint `resume`.
         """
         there = checkpoint.steps(self.path)
-        if resume is None:
+        if resume == "auto":
+            return checkpoint.newest(self.path)
+        if resume is None or not self._holds(Path(resume)):
             if (there or (self / "log.csv").exists()) and not overwrite:
                 raise ValueError(
                     f"output {self.path} holds a run already: go on with --resume auto, or give another --output, "
                     "or --overwrite"
                 )
+        if resume is None:
             return None
-        if resume == "auto":
-            return checkpoint.newest(self.path)
         step = checkpoint.load(resume)["step"]
         newer = [path.name for path in there if checkpoint.step_of(path) > step]
         if newer and not overwrite:
@@ -54,15 +55,44 @@ class Folder:
             )
         return Path(resume)
 
-    def make_room(self, step: int, history: list[dict], best_step: int | None):
-        """Make the folder ready to go on from `step`: nothing half-written, nothing of steps yet to come."""
+    def _holds(self, path: Path) -> bool:
+        return path.resolve().parent == self.path.resolve()
+
+    def make_room(self, step: int, history: list[dict], metrics: dict) -> bool:
+        """Make the folder ready to go on from `step`: nothing half-written, nothing of steps yet to come or of another
+        run. Returns whether the best checkpoint of `metrics` is there, if there was one.
+
+        Raises:
+            OSError: if the folder can't be written to.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        checkpoint.forget(self.path, step if self.last else None)
-        bad = [row for row in read_rows(self / "bad_images.csv") if int(row["step"]) <= step]
+        (self / ".probe.writing").touch()
+        before = self.last
+        if before and not self._holds(before):
+            checkpoint.forget(self.path, None)
+            self.last = self / f"step-{step:08d}.pt"
+            checkpoint.give_name(before, self.last)
+        else:
+            checkpoint.forget(self.path, step if before else None)
+        (self / ".probe.writing").unlink(missing_ok=True)
+        bad = [row for row in read_rows(self / "bad_images.csv") if before and int(row["step"]) <= step]
         for name, rows in (("log.csv", history), ("bad_images.csv", bad)):
             write_rows(self / name, rows) if rows else (self / name).unlink(missing_ok=True)
-        if self.last and best_step == step:  # it may have been killed before this was done
-            self._name_best(checkpoint.load(self.last))
+        if before:
+            checkpoint.give_name(self.last, self / "last.pt")
+        return "best_step" not in metrics or self._find_best(metrics["best_step"], before)
+
+    def _find_best(self, step: int, before: Path) -> bool:
+        """Give the checkpoint of `step` the name of the best: it may have been killed before that, or be elsewhere."""
+        for path in (self / "best.pt", self / f"step-{step:08d}.pt", before.with_name("best.pt")):
+            try:
+                contents = checkpoint.load(path)
+            except (ValueError, FileNotFoundError):
+                continue
+            if contents["step"] == step and contents["metrics"].get("best_step") == step:
+                self._name_best(path, contents)
+                return True
+        return False
 
     def save(self, contents: dict, best: bool, keep: int):
         """Write a checkpoint; it is also the `last.pt` and, with `best`, the `best.pt`."""
@@ -70,12 +100,13 @@ class Folder:
         checkpoint.save(path, **contents)
         self.last = path
         if best:
-            self._name_best(contents)
+            self._name_best(path, contents)
         checkpoint.give_name(path, self / "last.pt")
         checkpoint.clean(self.path, keep)
 
-    def _name_best(self, contents: dict):
-        checkpoint.give_name(self.last, self / "best.pt")
+    def _name_best(self, path: Path, contents: dict):
+        if path != self / "best.pt":
+            checkpoint.give_name(path, self / "best.pt")
         checkpoint.save_weights(self / "best.safetensors", contents["ema"] or contents["state_dict"])
 
     def log(self, history: list[dict]):
@@ -101,7 +132,7 @@ class Folder:
         if not names:
             return "shards do not tell which images"
         path = self / "not_finite.txt"
-        path.write_text("\n".join(names) + "\n")
+        checkpoint.write_text(path, "\n".join(names) + "\n")
         return f"its images are {', '.join(names[:3])}" + (f" … {len(names)} in {path}" if len(names) > 3 else "")
 
     def standing(self) -> str:

@@ -20,7 +20,6 @@ from training.seeding import permutation, seed_cpu, seed_of
 from training.shards import Shards
 from training.signals import ignore_signals
 
-READING = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what PIL raises for bad files
 TRIES = 8  # images tried in place of an unreadable one
 IN_A_ROW = 1000  # unreadable images of a stream, before black ones stand in
 
@@ -60,15 +59,14 @@ class Samples(Dataset):
         for attempt in range(1 + TRIES):
             try:
                 image, target = self.dataset[index]
-                image = as_mode(image, self.mode)
-                break
-            except READING as error:
+                seed_cpu("sample", self.seed, epoch, key[1])
+                return self.transform(as_mode(image, self.mode)), target, faults
+            except MemoryError:
+                raise
+            except Exception as error:  # of damaged files readers raise nearly everything
                 faults.append(f"{self.dataset.name(index)}: {one_line(error)}")
                 index = seed_of("instead", self.seed, epoch, key[1], attempt) % len(self.dataset)
-        else:
-            image, target = Image.new(self.mode, (32, 32)), 0
-        seed_cpu("sample", self.seed, epoch, key[1])
-        return self.transform(image), target, faults
+        return self.transform(Image.new(self.mode, (32, 32))), 0, faults
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -91,7 +89,9 @@ class StreamSamples(IterableDataset):
             try:
                 image, target = read()
                 image = as_mode(image, self.mode)
-            except READING as error:
+            except MemoryError:
+                raise
+            except Exception as error:
                 faults.append(f"{name}: {one_line(error)}")
                 if len(places) < IN_A_ROW:
                     continue

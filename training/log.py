@@ -21,5 +21,5 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     """The rows of a table, as text; none if there is no such file."""
     if not Path(path).exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))

@@ -111,7 +111,11 @@ class Pixels(Task):
             has = f"{config.data.name} has {self.levels}"
             raise ValueError(f"{config.eval} holds a model of {saved['model_args'].get('levels')} levels, {has}")
         self.model_args = saved["model_args"] if saved else complete_model_args(config)
-        self.train_set, self.val_set = create_images(config.data, self.model_args["in_chans"])
+
+        def create():
+            return create_images(config.data, self.model_args["in_chans"])
+
+        self.train_set, self.val_set = processes.main_first(create) if config.data.download else create()
 
     def data(self, model: nn.Module) -> dict:
         """Size and levels; mean and std leave integers as they are."""

@@ -23,7 +23,7 @@ from training.estimate import duration, estimate
 from training.folder import Folder
 from training.loader import BadImages, Batches, Samples, StreamSamples
 from training.seeding import seed_all
-from training.setup import create_model, create_state, find_device
+from training.setup import create_model, create_state, find_device, first_line
 from training.shards import Shards
 from training.signals import Stop
 from training.task import Task
@@ -65,13 +65,18 @@ def _main(task: type[Task], config: RunConfig, stop: Stop) -> int:
 
 
 def _refuse(error: Exception | str, code: int = 2) -> int:
-    print(f"error: {_last_line(error)}", file=sys.stderr, flush=True)
+    print(f"error: {printable(_last_line(error))}", file=sys.stderr, flush=True)
     return code
 
 
 def _last_line(error: Exception | str) -> str:
     """What is wrong in one line: the last, since a loader process's error holds its whole traceback."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def printable(text: str) -> str:
+    """`text` with bytes of file names that are no UTF-8 spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Run:
@@ -123,7 +128,7 @@ class Run:
     def say(self, line: str):
         """Print a line, once for all processes."""
         if self.processes.main:
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
 
 class Evaluation(Run):
@@ -173,10 +178,11 @@ class Training(Run):
             if processes.device.type != "cuda":
                 raise ValueError(f"sync_bn must be false on {processes.device.type}: torch has it for CUDA only")
             model = convert_sync_batchnorm(model)
-        data = self.task.data(model)
+        data = self.task.data(model) | {"train_images": len(self.task.train_set)}
         train_transform, eval_transform = self.task.transforms(data)
         self.train_batches = self.create_batches(self.task.train_set, train_transform, data, shuffle=True)
         self.val_batches = self.create_batches(self.task.val_set, eval_transform, data)
+        self.try_forward(model)
         self.steps_per_epoch = self.train_batches.num_batches // config.optim.accumulate
         self.state = create_state(config, model, self.task.loss, self.steps_per_epoch, processes, self.spread)
 
@@ -193,18 +199,21 @@ class Training(Run):
         if saved:
             self.restore(saved)
 
+    @torch.no_grad()
+    def try_forward(self, model: nn.Module):
+        """ValueError if the model does not take the images."""
+        images, targets, _ = self.val_batches.blank()
+        try:
+            self.task.measure(model.eval(), images, targets)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            size = "×".join(map(str, images.shape[1:]))
+            raise ValueError(f"{self.config.model.name} does not take images of {size}: {first_line(error)}") from error
+
     def find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, which the main process finds; every process raises what it raises."""
-        found = error = None
-        if self.processes.main and not self.config.dry_run:
-            try:
-                found = self.output.find(self.config.resume, self.config.overwrite)
-            except (ValueError, OSError) as problem:
-                error = problem
-        found, error = self.processes.from_main((found, error))
-        if error:
-            raise error
-        return found
+        """The checkpoint to go on from, which the main process finds."""
+        if self.config.dry_run:
+            return None
+        return self.processes.of_main(lambda: self.output.find(self.config.resume, self.config.overwrite))
 
     def restore(self, saved: dict):
         """Go on from the checkpoint `saved`."""
@@ -214,9 +223,14 @@ class Training(Run):
                 f"optim.ema is {config.optim.ema}, but {self.output.last} "
                 f"has {'no' if saved['ema'] is None else 'a'} moving average"
             )
-        if saved["within"]["steps"] and saved["config"]["batch_size"] != config.batch_size:
-            before = f"{saved['config']['batch_size']}, as before in the epoch that {self.output.last} is from"
-            raise ValueError(f"batch_size must be {before}, got {config.batch_size}")
+        then, now = ((side["data"]["train_images"], side["config"]["batch_size"]) for side in (saved, self.record))
+        if then != now:
+            sizes = "{} training images in batches of {}"
+            raise ValueError(f"{self.output.last} is of {sizes.format(*then)}, not {sizes.format(*now)}")
+        for key in ("name", "momentum", "weight_decay", "args"):  # which the optimizer's own state brings back
+            then, now = (side["config"]["optim"][key] for side in (saved, self.record))
+            if then != now:
+                raise ValueError(f"optim.{key} must be {then!r}, as in {self.output.last}, got {now!r}")
         load_weights(state.model, saved["state_dict"])
         load_optimizer(state.optimizer, saved["optimizer"])
         if state.ema:
@@ -231,8 +245,10 @@ class Training(Run):
             self.say(f"note: {name} is {now} now and was {then}, so the result may differ from an unbroken run's")
 
     def __call__(self) -> float | None:
-        if self.processes.main:
-            self.output.make_room(self.state.step, self.history, self.metrics.get("best_step"))
+        kept = self.output.make_room(self.state.step, self.history, self.metrics) if self.processes.main else None
+        if not self.processes.from_main(kept):
+            self.say(f"note: best.pt, of step {self.metrics['best_step']}, is gone: now the best from here on counts")
+            self.metrics = {key: value for key, value in self.metrics.items() if not key.startswith("best_")}
         self.say(self.describe())
         if self.config.eval_first and self.state.step == 0:
             metrics = self.evaluate(self.state.evaluated)
@@ -245,7 +261,7 @@ class Training(Run):
             if not self.train():
                 return self.leave()
             speed = (self.steps_per_epoch - done) * self.config.batch_size / (time.perf_counter() - start)
-            self.processes.share_buffers(self.state.model, self.state.ema and self.state.ema.module)
+            self.save()  # so that no trouble in evaluation costs the epoch
             metrics = self.evaluate(self.state.evaluated)
             if metrics is None:
                 return self.leave()
@@ -338,11 +354,12 @@ class Training(Run):
         seconds = time.perf_counter() - start
         row = {"epoch": self.epoch, "step": state.step, "lr": lr, **task.columns(train_loss, metrics)}
         self.history.append(row | {"images_per_second": speed, "seconds": seconds})
+        task.draw(self)
+        if self.processes.main and config.tensorboard:
+            self.output.tensorboard(self.history[-1])
         self.save(better)
         if self.processes.main:
             self.output.log(self.history)
-            if config.tensorboard:
-                self.output.tensorboard(self.history[-1])
         left = (config.epochs - self.epoch) * seconds
         self.say(
             f"epoch {self.epoch}/{config.epochs}  lr {row['lr']:.3g}  {task.told(row)}  {speed:.0f} images/s  "
@@ -352,7 +369,6 @@ class Training(Run):
             self.say(
                 f"note: unreadable images, replaced by others: {bad}; they are in {self.output / 'bad_images.csv'}"
             )
-        task.draw(self)
 
     def whole_model(self) -> nn.Module:
         """What is evaluated, in one piece in every process. Every process must call it."""

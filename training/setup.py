@@ -29,7 +29,7 @@ def create_model(name: str, args: dict, pretrained: bool = False) -> torch.nn.Mo
     """timm's model of that name; ValueError with what is wrong, and with similar names for one timm does not know."""
     try:
         return timm.create_model(name, pretrained=pretrained, **args)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         similar = [] if timm.is_model(name) else difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"; similar names: {', '.join(similar)}" if similar else ""
         raise ValueError(f"model {name} {args}: {first_line(error)}{hint}") from error

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,15 +80,18 @@ class Shards(IterableDataset):
             if self.shuffle:
                 rng = random.Random(seed_of(*key, part))
                 samples = shuffle(SHUFFLED, rng=rng, initial=SHUFFLED)(samples)
-            for sample in samples:
-                yield f"{sample['__url__']}/{sample['__key__']}", lambda sample=sample: self._read(sample)
+            try:
+                for sample in samples:
+                    yield f"{sample['__url__']}/{sample['__key__']}", lambda sample=sample: self._read(sample)
+            except tarfile.TarError as error:
+                raise OSError(f"one of the shards {', '.join(mine)} is damaged: {error}") from error
             turn += 1
 
     def _read(self, sample: dict) -> tuple[Image.Image, int]:
         found = [sample[key] for key in self.image_keys if key in sample]
         if not found:
             raise ValueError(f"has no {' or '.join(self.image_keys)}, only {', '.join(sample)}")
-        fields = json.loads(sample["json"]) if self.target_key else {"cls": sample.get("cls")}
+        fields = json.loads(sample.get("json", b"{}")) if self.target_key else {"cls": sample.get("cls")}
         target = fields.get(self.target_key or "cls")
         if target is None:
             raise ValueError(f"has no label {self.target_key or 'cls'}")

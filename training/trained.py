@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 from training import checkpoint
 from training.config import DataConfig
 from training.datasets import create_datasets
-from training.loader import Batches, Samples, as_mode
+from training.loader import BadImages, Batches, Samples, as_mode
 from training.setup import create_model
+from training.shards import Shards
 from training.transforms import eval_transform
 
 
@@ -47,12 +48,25 @@ class Trained:
 
     @torch.no_grad()
     def answers(self, batch_size: int = 128) -> tuple[Tensor, Tensor]:
-        """Probabilities (N, classes) and targets (N,) of all images, in order."""
+        """Probabilities (N, classes) and targets (N,) of all images, in order; BadImages if one can't be read."""
         data = self.saved["data"]
         samples = Samples(self.images, self.transform, self.channels)
         batches = Batches(samples, batch_size, data["mean"], data["std"], num_classes=len(self.classes))
-        pairs = [(self.model(images).float().softmax(dim=1), targets) for images, targets, _ in batches.epoch()]
-        return tuple(torch.cat(parts) for parts in zip(*pairs))
+        parts = []
+        for images, targets, faults in batches.epoch():
+            if faults:
+                raise BadImages(f"an image to evaluate can't be read: {faults[0]}")
+            parts.append((self.model(images).float().softmax(dim=1), targets))
+        return tuple(map(torch.cat, zip(*parts)))
+
+
+def check_classes(path: str | Path, saved: dict, classes: list[str] | None = None):
+    """ValueError if the checkpoint is no classifier's, or of other classes."""
+    known = saved["data"].get("class_names")
+    if known is None:
+        raise ValueError(f"{path} is not a classifier's checkpoint")
+    if classes not in (None, known):
+        raise ValueError(f"{path} knows the classes {known}, the data have {classes}")
 
 
 def open_trained(path: str | Path, dir: str | None = None) -> Trained:
@@ -62,13 +76,15 @@ def open_trained(path: str | Path, dir: str | None = None) -> Trained:
         dir: where the images are, if not where they were in training.
 
     Raises:
-        ValueError, FileNotFoundError: if the checkpoint or the images can't be used.
+        ValueError, OSError: if the checkpoint or the images can't be used.
     """
     saved = checkpoint.load(path)
-    if "class_names" not in saved["data"]:
-        raise ValueError(f"{path} is not a classifier's checkpoint")
+    check_classes(path, saved)
     source = DataConfig(**saved["config"]["data"] | ({"dir": dir} if dir else {}))
     _, images, classes = create_datasets(source, saved["data"]["input_size"][0])
+    check_classes(path, saved, classes)
+    if isinstance(images, Shards):
+        raise ValueError(f"data.name {source.name} can only be read in order: give a folder of images with dir")
     model = create_model(saved["model"], saved["model_args"])
     model.load_state_dict(saved["ema"] or saved["state_dict"])
     return Trained(saved, model.eval(), images, classes)
