@@ -3,11 +3,18 @@
 import math
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from conftest import alive
+from torchvision.transforms import functional as TF
 
+import backbones
+from training.datasets import Digits
 from vision_attn import list_blocks
 from vision_attn.__main__ import BEGIN, END, main, renew
 
@@ -17,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_python_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, pixels = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, pixels, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(code, names)
     assert names["logits"].shape == (2, 10)
@@ -75,3 +82,23 @@ def test_relative_links_lead_somewhere():
     for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page):
             assert (ROOT / target).exists(), target
+
+
+def test_the_exported_file_is_enough(tmp_path, monkeypatch):
+    """In a process of its own, which refuses every import but those of the snippet."""
+    (program,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "InferenceSession" in code]
+    assert len(program.splitlines()) <= 20
+    torch.manual_seed(0)
+    model = alive(timm.create_model("cifar_resnet20_cbam", num_classes=10)).eval()
+    names = [f"digit {digit}" for digit in range(10)]
+    backbones.export_onnx(model, tmp_path / "model.onnx", metadata={"class_names": names})
+    image = Digits(train=False)[3][0]
+    image.save(tmp_path / "image.png")
+    banned = "import sys\nfor name in ('torch', 'timm', 'vision_attn', 'backbones'): sys.modules[name] = None\n"
+    done = subprocess.run([sys.executable, "-c", banned + program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = model.pretrained_cfg
+    pixels = TF.normalize(TF.to_tensor(image.convert("RGB")), config["mean"], config["std"])
+    with torch.no_grad():
+        shares = model(pixels[None]).softmax(dim=1)[0]
+    assert done.stdout.strip() == f"{names[shares.argmax()]} {shares.max():.0%}"
