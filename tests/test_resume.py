@@ -222,13 +222,16 @@ def test_sigterm_saves_within_a_step_and_exits_with_0(everyone, tmp_path):
 @pytest.mark.slow
 def test_killed_at_20_random_moments(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert load("train_imagenet").main([*LONG, "--output", str(whole), "--data.workers", "0"]) == 0
+    argv = [*LONG, "--epochs", "12"]
+    began = time.monotonic()
+    assert load("train_imagenet").main([*argv, "--output", str(whole), "--data.workers", "0"]) == 0
+    longest = (time.monotonic() - began) / 40  # of what is done between two kills, so that the run outlives all
     moments = random.Random(0)
-    kills, argv = 0, [*LONG, "--output", str(broken), "--resume", "auto"]
+    kills, argv = 0, [*argv, "--output", str(broken), "--resume", "auto"]
     while kills < 20:
         process = start("train_imagenet", argv)
         first_line(process)
-        time.sleep(moments.uniform(0, 1.5))
+        time.sleep(moments.uniform(0, longest))
         process.kill()
         code, _, err = finish(process)
         assert code == -signal.SIGKILL, f"ended before it was killed {kills + 1} times: {err}"
