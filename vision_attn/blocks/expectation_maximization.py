@@ -86,9 +86,8 @@ class Block(Gate):
         wide = torch.promote_types(x.dtype, torch.float32)
         mu = self.bases.value.to(x.dtype).expand(x.shape[0], -1, -1)
         for _ in range(self.iterations):
-            z = (x @ mu / self.temperature).softmax(dim=-1, dtype=wide)
-            share = z / (1e-6 + z.sum(dim=1, keepdim=True))
-            mu = (x.mT.to(wide) @ share).to(wide)
+            z = (x @ (mu / self.temperature)).softmax(dim=-1, dtype=wide)
+            mu = (x.mT.to(wide) @ z) / (1e-6 + z.sum(dim=1, keepdim=True))  # (B, C, K): small, unlike z
             mu = (mu / (1e-6 + mu.norm(dim=1, keepdim=True))).to(x.dtype)
         return z, mu
 
