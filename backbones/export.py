@@ -3,14 +3,13 @@
 import copy
 import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vision_attn import Gate, Mixer, check
+from vision_attn import Gate, Mixer, __version__, check
 
 from .insert import _input_size
 
@@ -96,7 +95,7 @@ def describe_export(model: nn.Module, image_size: tuple[int, int]) -> dict:
         "image_size": list(image_size),
         **known,
         "num_classes": getattr(model, "num_classes", None),
-        "vision_attn": version("vision-attn"),
+        "vision_attn": __version__,
     }
 
 
