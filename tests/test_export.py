@@ -254,7 +254,7 @@ class Ones(Wrong):
         self.weight = nn.Parameter(torch.ones(1))
 
     def update(self, x):
-        return x * (1 + (self.weight - 1) * int((x.shape[2] * x.shape[3]) ** 0.5))
+        return x * (1 + self.weight.log() * int((x.shape[2] * x.shape[3]) ** 0.5))
 
 
 def test_a_wrong_graph_behind_a_new_norm_is_an_error(tmp_path):
