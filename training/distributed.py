@@ -5,6 +5,7 @@ Gradients are averaged over the processes (DDP), or weights, gradients and optim
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -107,9 +108,13 @@ def start(device: torch.device) -> Processes:
 
 
 def stop():
-    """Leave the processes torchrun started."""
+    """Where torchrun started this process: wait for the others, then end it, all well. Its group is not taken apart:
+    that can abort a process whose work is done."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def shard(model: nn.Module, processes: Processes):

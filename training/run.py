@@ -39,7 +39,7 @@ def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | No
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         code = _main(task, config, stop)
-        if code == 0:  # else other processes may not be there to part from
+        if code == 0:  # else other processes may not be there to wait for
             distributed.stop()
         return code
     finally:
