@@ -29,7 +29,8 @@ def show(path: str, checkpoint_path: str, count: int = 10, at: str = "*", dir: s
         raise ValueError(f"count={count}: must be 1 or more")
     trained = open_trained(checkpoint_path, dir)
     images = trained.images
-    tried = [i * len(images) // min(len(images), 8 * count) for i in range(min(len(images), 8 * count))]
+    few = min(len(images), 8 * count)
+    tried = [i * len(images) // few for i in range(few)]
     labels = torch.tensor([images[index][1] for index in tried])
     chosen = [tried[place] for place in varied(labels, count)]
     pixels = trained.pixels(chosen)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from backbones.pixel import PixelTransformer
 from training import checkpoint
 from training.config import parse
 from training.datasets import Digits
@@ -195,6 +196,21 @@ def test_colour_images_of_a_folder_in_two_streams(tmp_path):
     assert ckpt["metrics"]["bits_per_dim"] == pytest.approx(8, abs=0.2)
     assert ckpt["state_dict"]["head.weight"].dtype == torch.float32
     assert Image.open(tmp_path / "run" / "completions-0001.png").size[0] == 4 * (65 + 4) + 4  # all 4 test images
+
+
+def test_recomputed_activations_train_the_same(tmp_path, monkeypatch):
+    seen = []
+    forward = PixelTransformer.forward
+    monkeypatch.setattr(
+        PixelTransformer, "forward", lambda self, x: seen.append(self.grad_checkpointing) or forward(self, x)
+    )
+    for recompute in ("true", "false"):
+        argv = [*FAST, "--epochs", "1", "--model.args.drop_rate", "0.1", "--recompute", recompute]
+        assert script.main([*argv, "--output", str(tmp_path / recompute)]) == 0
+        assert set(seen) == {recompute == "true"}
+        seen.clear()
+    a, b = (checkpoint.load(tmp_path / name / "last.pt")["state_dict"] for name in ("true", "false"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_compiled_models_save_plain_names(tmp_path, monkeypatch):

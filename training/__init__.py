@@ -1,1 +1,1 @@
-"""Training: configuration, data, loop, checkpoints, log. Knows neither the zoo nor the backbones."""
+"""Training: configuration, data, runs, checkpoints, reports. Knows neither the zoo nor the backbones."""

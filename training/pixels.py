@@ -117,9 +117,12 @@ class Pixels(Task):
 
         self.train_set, self.val_set = processes.main_first(create) if config.data.download else create()
 
+    def prepare(self, model: nn.Module):
+        """Recompute activations, if so configured."""
+        model.set_grad_checkpointing(self.config.recompute)
+
     def data(self, model: nn.Module) -> dict:
         """Size and levels; mean and std leave integers as they are."""
-        model.set_grad_checkpointing(self.config.recompute)
         channels, size = self.model_args["in_chans"], self.model_args["img_size"]
         scale = dict(mean=[0.0] * channels, std=[1.0] * channels)
         return dict(input_size=[channels, size, size], levels=self.levels, **scale)

@@ -173,6 +173,7 @@ class Training(Run):
 
         seed_all("model", config.seed)
         model = create_model(name, args, pretrained=config.model.pretrained and not saved)
+        self.task.prepare(model)
         model.to(processes.device, memory_format=self.task.memory_format)
         if config.sync_bn:
             if processes.device.type != "cuda":

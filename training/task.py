@@ -27,6 +27,9 @@ class Task:
     def __init__(self, config: RunConfig, processes: Processes, saved: dict | None):
         raise NotImplementedError
 
+    def prepare(self, model: nn.Module):
+        """Settings of a new model that are no arguments of it."""
+
     def data(self, model: nn.Module) -> dict:
         """What a checkpoint has to know of the images: plain types; mean and std of each channel, input_size, ..."""
         raise NotImplementedError
