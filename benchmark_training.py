@@ -40,8 +40,8 @@ CORE = (
     "criss_cross",
     "axial",
     "interlaced_sparse",
-    "expectation_maximization",
     "efficient",
+    "expectation_maximization",
 )
 
 
