@@ -206,4 +206,4 @@ def processes(model: str = "cifar_resnet20", epochs: int = 3, most: int = 2, pat
 
 
 if __name__ == "__main__":
-    sys.exit(auto_cli([loop, start, processes, blocks]))
+    sys.exit(auto_cli([loop, start, processes, blocks], as_positional=False))
