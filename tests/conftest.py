@@ -2,14 +2,17 @@
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from vision_attn import create_block, create_layer, describe, list_blocks
+from vision_attn import describe, list_blocks
+from vision_attn.testing import Case
+from vision_attn.testing.case import KINDS
+from vision_attn.zoo import block_class
 
 # pytest-xdist runs a process on every core: threads in each would only wait for one another
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
@@ -31,12 +34,7 @@ OPTIONS = {
     "window": [{}, {"kernel_size": (3, 5)}],
 }
 # Parameters that a softmax can't feel, because it does not see a constant: their gradient is 0.
-UNFELT = {"global_context": {"key.bias"}}
-
-BATCH, HEADS, KEY, VALUE = 2, 3, 7, 11  # of mixers: queries, keys and values of (BATCH, HEADS, tokens, KEY or VALUE)
-CHANNELS = 19  # of gates
-GRIDS = [(13, 17), (1, 23), (29, 1), (1, 1)]  # none is a multiple of a window
-PREFIXES = [0, 1, 5]
+UNFELT = {"global_context": frozenset({"key.bias"})}
 
 logging.getLogger("torch.__trace").propagate = False  # thousands of lines under a failure in compiled code
 
@@ -53,57 +51,6 @@ every_mixer = pytest.mark.parametrize("block", MIXERS)
 every_gate = pytest.mark.parametrize("block", GATES)
 
 
-class Case(NamedTuple):
-    """A block of the registry with options."""
-
-    name: str
-    options: dict
-
-    @property
-    def is_mixer(self) -> bool:
-        return describe(self.name).kind == "mixer"
-
-    @property
-    def can_be_causal(self) -> bool:
-        return describe(self.name).causal
-
-    @property
-    def sizes(self) -> dict:
-        if self.is_mixer:
-            return dict(dim=HEADS * VALUE, num_heads=HEADS, key_dim=HEADS * KEY)
-        return dict(dim=CHANNELS)
-
-    def block(self, **more):
-        """In float64 and eval mode, with no parameter or statistic at a special initial value."""
-        return lived_in(create_block(self.name, **{**self.sizes, **self.options, **more}))
-
-    def layer(self, **more):
-        """`block` as a layer on maps, with a gain as after training."""
-        return lived_in(create_layer(self.name, **{**self.sizes, **self.options, **more}))
-
-    def input(self, grid, prefix: int = 5):
-        """Tokens for a mixer, a map for a gate."""
-        shape = (prefix + grid[0] * grid[1], self.sizes["dim"]) if self.is_mixer else (self.sizes["dim"], *grid)
-        return torch.randn(BATCH, *shape, dtype=torch.float64)
-
-    def run(self, block, x, grid):
-        return block(x, grid) if self.is_mixer else block(x)
-
-
-def lived_in(module: nn.Module) -> nn.Module:
-    """The module in float64 and eval mode, as if trained for a while."""
-    module = module.double().eval()
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.ndim == 1:
-                p += torch.randn_like(p).mul(0.3).add(0.1)
-        for norm in module.modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norm.running_mean.normal_()
-                norm.running_var.uniform_(0.5, 2)
-    return module
-
-
 def alive(model: nn.Module) -> nn.Module:
     """A host with no gain, norm, bias or running statistic at a special initial value, so that every part matters."""
     with torch.no_grad():
@@ -117,26 +64,35 @@ def alive(model: nn.Module) -> nn.Module:
     return model
 
 
+def case(name: str, **options) -> Case:
+    return Case(block_class(name), options, UNFELT.get(name, frozenset()))
+
+
 def cases() -> list[Case]:
     """Every block with every row of its options, and causal where it can be."""
-    found = [Case(name, options) for name in list_blocks() for options in OPTIONS.get(name, [{}])]
-    return found + [case._replace(options={**case.options, "causal": True}) for case in found if case.can_be_causal]
+    rows = [(name, options) for name in list_blocks() for options in OPTIONS.get(name, [{}])]
+    rows += [(name, {**options, "causal": True}) for name, options in rows if describe(name).causal]
+    return [case(name, **options) for name, options in rows]
 
 
 CHOICES = {
-    "any_case": lambda case: True,
-    "mixer_case": lambda case: case.is_mixer,
-    "gate_case": lambda case: not case.is_mixer,
-    "causal_case": lambda case: case.options.get("causal", False),
-    "pattern_case": lambda case: case.is_mixer and any(hasattr(step, "pattern") for step in case.block().steps),
+    **{f"{kind}_case": applies for kind, applies in KINDS.items()},
+    "pattern_case": lambda case: case.is_mixer and any(hasattr(step, "pattern") for step in case.new().steps),
 }
+
+
+def short_name(case: Case) -> str:
+    return "-".join([block_of(case), *(f"{name}={value}" for name, value in case.options.items())])
+
+
+def block_of(case: Case) -> str:
+    return case.block_class.__module__.rpartition(".")[2]
 
 
 def pytest_generate_tests(metafunc):
     for argument in CHOICES.keys() & set(metafunc.fixturenames):
         chosen = [case for case in cases() if CHOICES[argument](case)]
-        names = ["-".join([case.name, *(f"{k}={v}" for k, v in case.options.items())]) for case in chosen]
-        metafunc.parametrize(argument, chosen, ids=names)
+        metafunc.parametrize(argument, chosen, ids=map(short_name, chosen))
     if "block_name" in metafunc.fixturenames:
         metafunc.parametrize("block_name", list_blocks())
 
@@ -144,3 +100,15 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def same_numbers_every_run():
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many trials each property of `vision_attn.testing` had."""
+    trials = Counter()
+    for report in terminalreporter.stats.get("passed", ()):
+        trials.update({name: count for name, count in report.user_properties})
+    if trials:
+        terminalreporter.section("trials of properties")
+        for name, count in sorted(trials.items()):
+            terminalreporter.write_line(f"{count:7,}  {name.replace('_', ' ')}")
+        terminalreporter.write_line(f"{trials.total():7,}  in all")

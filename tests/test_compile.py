@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import BATCH, lived_in
 
 from vision_attn import create_layer
+from vision_attn.testing.case import BATCH, lived_in
 
 SIZES = [(29, 31), (37, 29), (31, 41)]  # more than one tile each way: one is a case of its own to torch
 

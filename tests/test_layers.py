@@ -5,12 +5,12 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import BATCH, GRIDS, PREFIXES
 from torch import nn
 
-from vision_attn import Grid, OnMap, OnTokens, create_block, create_layer, layer
+from vision_attn import OnMap, OnTokens, create_block, create_layer, layer
+from vision_attn.testing.case import BATCH, GRIDS, PREFIXES
 
-GRID = Grid(*GRIDS[0])
+GRID = GRIDS[-1]
 DIM = 37
 
 
@@ -20,7 +20,7 @@ DIM = 37
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_new_layer_is_bit_for_bit_the_identity(any_case, dtype, training):
-    new = create_layer(any_case.name, **{**any_case.sizes, **any_case.options}).to(dtype).train(training)
+    new = OnMap(any_case.new()).to(dtype).train(training)
     x = torch.randn(BATCH, new.block.dim, *GRID, dtype=dtype)
     out = new(x)
     assert torch.equal(out, x) and out.dtype == dtype and out.shape == x.shape
@@ -28,7 +28,7 @@ def test_new_layer_is_bit_for_bit_the_identity(any_case, dtype, training):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_new_layer_is_the_identity_under_autocast(any_case, training):
-    new = create_layer(any_case.name, **{**any_case.sizes, **any_case.options}).train(training)
+    new = OnMap(any_case.new()).train(training)
     for dtype in (torch.float32, torch.bfloat16):  # a map from the input, or from a convolution under autocast
         x = torch.randn(BATCH, new.block.dim, *GRID, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16):
@@ -45,7 +45,7 @@ def test_new_layer_on_tokens_is_bit_for_bit_the_identity(any_case, prefix):
 
 def test_a_new_layer_learns_at_once(any_case):
     """With the gain at 0 only the gain feels anything; after one step everything does."""
-    new = create_layer(any_case.name, **{**any_case.sizes, **any_case.options})
+    new = OnMap(any_case.new())
     x = torch.randn(BATCH, new.block.dim, *GRID)
     optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
     new(x).square().mean().backward()

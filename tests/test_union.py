@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import BATCH, HEADS, KEY
 
 from vision_attn import Grid, create_block, flash, union
+from vision_attn.testing.case import BATCH, HEADS, KEY
 
 GRIDS = [Grid(13, 17), Grid(17, 5), Grid(1, 23), Grid(29, 1), Grid(1, 1)]
 
@@ -95,7 +95,8 @@ class Kernel:
 def test_the_cuda_kernel_gets_what_it_wants_and_gives_the_same(pattern_case, grid, prefix, monkeypatch):
     """Its arguments and its padding, with formulas in its place; the kernel itself was not run."""
     monkeypatch.setattr(flash, "aten", Kernel())
-    assert flash.agrees.__wrapped__(flash.Cuda, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():  # as when a first call is one of evaluation
+        assert flash.agrees.__wrapped__(flash.Cuda, torch.device("cpu"), torch.float32)
     for step in pattern_case.block().steps:
         tensors = inputs(grid, prefix, dtype=torch.float32)
         monkeypatch.setattr(union, "kernel_for", lambda q, k, v: flash.Cuda)

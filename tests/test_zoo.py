@@ -7,11 +7,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import HEADS
 
 import vision_attn
 from vision_attn import Gate, Grid, Mixer, OnMap, create_block, create_layer, describe, layer, list_blocks
 from vision_attn.cost import flops, parameters
+from vision_attn.testing.case import HEADS
 from vision_attn.zoo import block_class
 
 DIM = 37

@@ -44,11 +44,9 @@ class Known(NamedTuple):
 
 SCRIPT = "TorchScript takes neither hooks that are objects nor jaxtyping's annotations"
 TRACE = "the grid a hook records and the checks of arguments are Python, which torch.fx can't trace"
-INFERENCE = "a key set that copies asks autograd for its adjoint, also in forward, and inference_mode refuses"
 KNOWN = (  # the first row that matches holds
     Known("forward_torchscript", "*", r"torch.jit", SCRIPT),
     Known("forward_fx_torchscript", "resnet*", r"torch.jit", SCRIPT),
-    Known("forward_fx", "resnet18_global_tokens", r"does not require grad", INFERENCE),
     Known("*_fx*", "vit_*", r"TraceError|attn_mask and is_causal", TRACE),
 )
 

@@ -76,6 +76,8 @@ def _aligned(mask: Tensor | None) -> Tensor | None:
 
 
 @functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def agrees(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a kernel gives what it should here, output, log-sum-exp and gradients; warns where it does not.
 
@@ -116,8 +118,13 @@ class Before(Everything):
 
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | type[Cuda] | None:
-    """The kernel that takes these tensors and tells the log-sum-exp; None where there is none, and in traced graphs."""
+    """The kernel that takes these tensors and tells the log-sum-exp.
+
+    None where there is none, in traced graphs, and under torch.func, whose tensors have no memory of their own.
+    """
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     if q.shape[-1] != v.shape[-1] or q.numel() == 0:
         return None

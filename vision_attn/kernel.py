@@ -47,12 +47,12 @@ class Recurrence:
     """The state of a causal attention by association while an image is made pixel by pixel: O(1) a step.
 
     Args:
-        features: φ, applied to queries and keys.
+        of_queries, of_keys: φ, applied to them.
         shape: of the state, (B, heads, m, d + 1).
     """
 
-    def __init__(self, features, *shape: int, device=None, dtype=None):
-        self.features = features
+    def __init__(self, of_queries, of_keys, *shape: int, device=None, dtype=None):
+        self.of_queries, self.of_keys = of_queries, of_keys
         self.past = torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
 
     @property
@@ -64,7 +64,7 @@ class Recurrence:
         self, q: Float[Tensor, "B heads d"], k: Float[Tensor, "B heads d"], v: Float[Tensor, "B heads d"], place: int
     ) -> Float[Tensor, "B heads d"]:
         """Takes in the next pixel, and returns what it draws from the past and itself."""
-        q, k, wide = (t.to(self.past.dtype) for t in (self.features(q), self.features(k), v))
+        q, k, wide = (t.to(self.past.dtype) for t in (self.of_queries(q), self.of_keys(k), v))
         self.past = self.past + k[..., :, None] * with_ones(wide)[..., None, :]
         return normalised((q[..., None, :] @ self.past)[..., 0, :]).to(v.dtype)
 

@@ -28,10 +28,12 @@ def add_at(fold: Callable[[Tensor], Tensor], whole: Tensor, part: Tensor) -> Non
     if target.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
         target += part.reshape(target.shape)
         return
-    with torch.enable_grad():  # the fold copies: autograd knows its adjoint
-        entries = torch.zeros_like(whole, requires_grad=True)
+    with torch.inference_mode(False), torch.enable_grad():  # the fold copies: autograd knows its adjoint
+        entries = torch.zeros(whole.shape, dtype=whole.dtype, device=whole.device, requires_grad=True)
         target = fold(entries)
-    whole += torch.autograd.grad(target, entries, part.to(target.dtype).reshape(target.shape))[0]
+        part = part.clone() if part.is_inference() else part
+        slope = torch.autograd.grad(target, entries, part.to(target.dtype).reshape(target.shape))[0]
+    whole += slope
 
 
 class KeySet:

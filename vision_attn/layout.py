@@ -34,8 +34,8 @@ class Residual(nn.Module):
         nn.init.constant_(self.gain, self.init_gain)
 
     def add(self, x: Tensor, update: Tensor) -> Tensor:
-        """x + gain · update, in the type of ``x``."""
-        return x + (self.gain * update).to(x.dtype)
+        """x + gain · update, in the type of ``x`` and in one pass."""
+        return torch.addcmul(x, self.gain.to(x.dtype), update.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"init_gain={self.init_gain:g}"
@@ -51,12 +51,13 @@ class OnMap(Residual):
         if x.ndim != 4 or x.shape[1] != self.block.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, C={self.block.dim}, H, W)")
         for _ in range(self.block.recurrence):
-            x = self.add(x, self.update(x))
+            if isinstance(self.block, Gate):
+                x = torch.lerp(x, self.block(x).to(x.dtype), self.gain.to(x.dtype))
+            else:
+                x = self.add(x, self.update(x))
         return x
 
     def update(self, x: Tensor) -> Tensor:
-        if isinstance(self.block, Gate):
-            return self.block(x) - x
         grid = Grid(x.shape[2], x.shape[3])
         out = self.block(rearrange(x, "B C H W -> B (H W) C"), grid)
         return rearrange(out, "B (H W) C -> B C H W", H=grid.height)

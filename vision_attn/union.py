@@ -89,6 +89,8 @@ def _merged(kernel, q, k, v, before, grid, key_sets, scale):
 
 
 def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
+    if q.dtype == torch.float16:  # whose range scores may leave
+        q, k, before = q.float(), k.float(), [before[0].float(), before[1]]
     q = q * scale
     scores, prefix = [], before[0].shape[2]
     if prefix:

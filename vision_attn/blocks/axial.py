@@ -23,6 +23,8 @@ have no r. The sum is a reading of their layer that common code has made usual.
 -----
 """
 
+from typing import Literal
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -104,7 +106,15 @@ class Block(Sequence):
 
     not_causal = "a causal column and a causal row never hear what is right of a pixel in the rows above"
 
-    def __init__(self, dim, num_heads=None, *, mode: str = "sequential", length: int | tuple | None = None, **mixer):
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        mode: Literal["sequential", "sum"] = "sequential",
+        length: int | tuple[int, int] | None = None,
+        **mixer,
+    ):
         check.one_of("mode", mode, ("sequential", "sum"))
         lengths = (None, None) if length is None else check.pair("length", length)
         super().__init__(*(Along(axis, lengths[axis], dim, num_heads, **mixer) for axis in (0, 1)))

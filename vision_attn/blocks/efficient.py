@@ -8,6 +8,7 @@ ordinary.
 Deviations: heads are of the authors' code (the paper: one). The residual is the host's. There is no scale, as in both.
 """
 
+from .. import check
 from ..kernel import attend
 from ..mixer import Mixer
 
@@ -18,6 +19,7 @@ class Block(Mixer):
     not_causal = "the softmax over positions divides by the whole image"
 
     def __init__(self, dim, num_heads=None, *, attn_drop: float = 0.0, **mixer):
+        check.rate("attn_drop", attn_drop)
         if attn_drop:
             raise ValueError(
                 f"attn_drop={attn_drop!r}: must be 0: the matrix it would drop from is never made; use proj_drop"

@@ -14,6 +14,8 @@ signed. Softmax and norms are taken in at least float32, and the block is left o
 the scores of the E step (paper and code: 1). Weights start as torch's layers do.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -47,7 +49,7 @@ class Block(Gate):
         iterations: int = 3,
         momentum: float = 0.9,
         temperature: float = 1.0,
-        grad: str = "full",
+        grad: Literal["full", "paper"] = "full",
         device=None,
         dtype=None,
     ):

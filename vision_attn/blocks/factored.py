@@ -28,6 +28,7 @@ row). Heads are our addition, as is the pattern without ``causal``.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .. import check
 from ..key_set import AdjacentRows
@@ -69,7 +70,15 @@ class Block(PatternMixer):
         ValueError: fewer than three heads without ``part``, or an argument out of range.
     """
 
-    def __init__(self, dim, num_heads=None, *, causal: bool = False, part: str | None = None, **mixer):
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        causal: bool = False,
+        part: Literal["row", "column", "previous_row"] | None = None,
+        **mixer,
+    ):
         check.boolean("causal", causal)
         check.one_of("part", part, (None, "row", "column", "previous_row"))
         parts = {"row": Row(past=causal), "column": Column(past=causal), "previous_row": Beside(past=causal)}

@@ -28,6 +28,7 @@ sees itself. Without ``causal`` the pattern is our reading.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -280,7 +281,7 @@ class Block(PatternMixer):
         c: int = 8,
         causal: bool = False,
         split_heads: bool = False,
-        part: str | None = None,
+        part: Literal["local", "summary"] | None = None,
         **mixer,
     ):
         check.positive_int("c", c)

@@ -10,6 +10,8 @@ gain gives that for every fusion, and the two zeros together would never train. 
 channels, and linear layers start as torch's do (the code: Kaiming).
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -36,8 +38,8 @@ class Block(Gate):
         self,
         dim: int,
         *,
-        fusion: str = "add",
-        pooling: str = "attention",
+        fusion: Literal["add", "multiply", "both"] = "add",
+        pooling: Literal["attention", "average"] = "attention",
         rd_ratio: float = 1 / 16,
         rd_channels: int | None = None,
         device=None,

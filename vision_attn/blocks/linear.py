@@ -10,7 +10,6 @@ Deviations: no ε in the quotient, whose divisor is a sum of positive numbers. S
 """
 
 import torch
-import torch.nn.functional as F
 
 from .. import check
 from ..kernel import Recurrence, attend, attend_past, normalised, state, with_ones
@@ -18,9 +17,14 @@ from ..mixer import Mixer
 
 
 def features(x):
-    """elu + 1: positive, in at least float32."""
+    """elu + 1, in at least float32 and positive: exp, where torch's elu of -20 is -1."""
     x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # compiled, the gradient of another layout fails
-    return F.elu(x) + 1
+    return torch.where(x > 0, x + 1, x.masked_fill(x > 0, 0).exp().clamp(min=torch.finfo(x.dtype).tiny))
+
+
+def features_of_queries(q):
+    """The same up to a factor for each query, which the quotient cancels, so that not all of them vanish."""
+    return features(q - q.detach().amax(dim=-1, keepdim=True).clamp(max=0))
 
 
 class Block(Mixer):
@@ -36,6 +40,7 @@ class Block(Mixer):
 
     def __init__(self, dim, num_heads=None, *, causal: bool = False, attn_drop: float = 0.0, **mixer):
         check.boolean("causal", causal)
+        check.rate("attn_drop", attn_drop)
         if attn_drop:
             raise ValueError(
                 f"attn_drop={attn_drop!r}: must be 0: the matrix it would drop from is never made; use proj_drop"
@@ -46,7 +51,8 @@ class Block(Mixer):
         self.causal = causal
 
     def mix(self, q, k, v, grid):
-        phi_q, phi_k, values = features(q), features(k), with_ones(v.to(torch.promote_types(v.dtype, torch.float32)))
+        phi_q, phi_k = features_of_queries(q), features(k)
+        values = with_ones(v.to(torch.promote_types(v.dtype, torch.float32)))
         if not self.causal:
             return normalised(attend(phi_q, phi_k, values)).to(v.dtype)
         prefix = grid.prefix_of(q.shape[2])
@@ -73,4 +79,4 @@ class Block(Mixer):
             raise ValueError("full=True: the state is all that linear attention knows of the past")
         weight, channels = self.qkv.weight, (self.key_dim // self.num_heads, self.dim // self.num_heads + 1)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-        return Recurrence(features, batch, self.num_heads, *channels, **factory)
+        return Recurrence(features_of_queries, features, batch, self.num_heads, *channels, **factory)

@@ -28,6 +28,7 @@ three are the common set of local, strided and global masks. Global heads also s
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -88,7 +89,7 @@ class Block(PatternMixer):
         dim,
         num_heads=None,
         *,
-        patterns: tuple[str, ...] = ("local", "strided", "global"),
+        patterns: tuple[Literal["local", "strided", "global"], ...] = ("local", "strided", "global"),
         kernel_size: int | tuple[int, int] = 7,
         stride: int | tuple[int, int] = 4,
         tokens: int = 8,

@@ -26,6 +26,7 @@ Without ``causal`` the pattern is our reading: the paper has none.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .. import check
 from ..key_set import AdjacentRows, Columns
@@ -84,7 +85,14 @@ class Block(PatternMixer):
     """
 
     def __init__(
-        self, dim, num_heads=None, *, causal: bool = False, split_heads: bool = False, part: str | None = None, **mixer
+        self,
+        dim,
+        num_heads=None,
+        *,
+        causal: bool = False,
+        split_heads: bool = False,
+        part: Literal["local", "column"] | None = None,
+        **mixer,
     ):
         check.boolean("causal", causal)
         check.boolean("split_heads", split_heads)

@@ -1,0 +1,261 @@
+"""A drill for the tests: the source of a mechanism is broken in one place at a time, and some test must say so.
+
+    python tests/mutation_drill.py                                 every block
+    python tests/mutation_drill.py --files '[union.py, flash.py]'  what blocks share
+
+The scale is dropped, height and width change places, a comparison is off by one, a mask is forgotten, an axis is the
+wrong one. Each broken zoo runs in a process of its own: first the properties of `vision_attn.testing` on the blocks
+concerned, then the tests that are special to them, until one fails. Writes a CSV to results/, survivors last.
+"""
+
+import ast
+import importlib.abc
+import importlib.util
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import hypothesis  # noqa: F401  what takes long to import is imported once, before processes fork
+import pytest
+import timm  # noqa: F401
+import torch
+from jsonargparse import auto_cli
+from tqdm import tqdm
+
+from training.results import write
+
+TESTS = Path(__file__).parent
+ZOO = TESTS.parent / "vision_attn"
+LIMIT = 600  # seconds for one mutant
+SURVIVED = "SURVIVED"
+SHARED_TESTS = ["test_union.py", "test_patterns.py", "test_layers.py", "test_cache.py", "test_average.py"]
+
+
+class Mutant(NamedTuple):
+    """A file of the zoo with one change."""
+
+    file: str  # relative to the zoo
+    line: int
+    kind: str
+    before: str
+    after: str
+    source: str
+
+    @property
+    def module(self) -> str:
+        return ".".join(["vision_attn", *Path(self.file).with_suffix("").parts])
+
+    @property
+    def block(self) -> str | None:
+        """The block whose file it is; None of what all share."""
+        return Path(self.file).stem if self.file.startswith("blocks") else None
+
+
+# Mutations
+
+
+def mutants(file: str) -> Iterator[Mutant]:
+    """Every way to break a file in one place."""
+    source = (ZOO / file).read_bytes()
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    for node in code(ast.parse(source)):
+        begin = starts[node.lineno - 1] + node.col_offset
+        end = starts[node.end_lineno - 1] + node.end_col_offset
+        before = source[begin:end].decode()
+        for kind, after in broken(node):
+            changed = source[:begin] + after.encode() + source[end:]
+            yield Mutant(file, node.lineno, kind, " ".join(before.split()), after, changed.decode())
+
+
+def code(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that compute: without annotations, docstrings, messages and checks of arguments."""
+    if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
+        return
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return
+    if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("check.", "warnings.")):
+        return
+    if isinstance(node, ast.FunctionDef) and node.name == "extra_repr":
+        return
+    if isinstance(node, ast.expr):
+        yield node
+    for name, value in ast.iter_fields(node):
+        if name not in (
+            "annotation",
+            "returns",
+            "decorator_list",
+            "type_params",
+            "args" if hasattr(node, "returns") else "",
+        ):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from code(child)
+
+
+OFF_BY_ONE = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
+MASKS = ("masked_fill", "tril", "triu", "clamp", "relu")
+
+
+def broken(node: ast.expr) -> Iterator[tuple[str, str]]:
+    """What may stand in a node's place: the kind of fault, and its source."""
+    text = ast.unparse
+    match node:
+        case ast.Compare(left, [op], [right]) if type(op) in OFF_BY_ONE:
+            yield "off by one", f"({text(left)} {OFF_BY_ONE[type(op)]} {text(right)})"
+        case ast.BinOp(left, ast.Add() | ast.Sub(), ast.Constant(value=int())):
+            yield "off by one", f"({text(left)})"
+        case ast.BinOp(left, ast.BitAnd() | ast.BitOr(), right):
+            yield "mask forgotten", f"({text(left)})"
+            yield "mask forgotten", f"({text(right)})"
+        case ast.BinOp(left, ast.Mult() | ast.Div(), right) if is_scale(right):
+            yield "scale dropped", f"({text(left)})"
+        case ast.BinOp(left, ast.Mult(), right) if is_scale(left):
+            yield "scale dropped", f"({text(right)})"
+        case ast.UnaryOp(ast.Invert() | ast.Not(), operand):
+            yield "mask turned around", f"({text(operand)})"
+        case ast.Attribute(value, "mT"):
+            yield "wrong axis", text(value)
+        case ast.Attribute(value, "height"):
+            yield "height for width", f"{text(value)}.width"
+        case ast.Attribute(value, "width"):
+            yield "width for height", f"{text(value)}.height"
+        case ast.Constant(str(value)) if "H W" in value:
+            yield "height and width swapped", repr(value.replace("H W", "W H", 1))
+        case ast.Call(ast.Attribute(value, name), _, _) if name in MASKS:
+            yield "mask forgotten", text(value)
+    if isinstance(node, ast.Call):
+        for number, keyword in enumerate(node.keywords):
+            for kind, value in broken_keyword(keyword):
+                keywords = [*node.keywords[:number], ast.keyword(keyword.arg, value), *node.keywords[number + 1 :]]
+                yield kind, text(ast.Call(node.func, node.args, keywords))
+
+
+def broken_keyword(keyword: ast.keyword) -> Iterator[tuple[str, ast.expr]]:
+    match keyword:
+        case ast.keyword("scale", value) if not isinstance(value, ast.Constant):
+            yield "scale dropped", ast.Constant(1.0)
+        case ast.keyword("causal" | "past", value) if not isinstance(value, ast.Constant):
+            yield "mask forgotten", ast.Constant(False)
+        case ast.keyword("dim", ast.UnaryOp(ast.USub(), ast.Constant(axis))):
+            yield "wrong axis", ast.Constant(-3 + axis)
+        case ast.keyword("dim", ast.Constant(int(axis))):
+            yield "wrong axis", ast.Constant(axis - 1 if axis else 1)
+        case ast.keyword("dim", ast.Tuple([first, *_])):
+            yield "wrong axis", first
+        case ast.keyword("keepdim", ast.Constant(True)):
+            yield "wrong axis", ast.Constant(False)
+
+
+def is_scale(node: ast.expr) -> bool:
+    return ast.unparse(node).rpartition(".")[2] in ("scale", "temperature", "gain")
+
+
+# Running them
+
+
+class Broken(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Imports one module from another source."""
+
+    def __init__(self, mutant: Mutant):
+        self.mutant = mutant
+
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == self.mutant.module else None
+
+    def get_source(self, name):
+        return self.mutant.source
+
+
+def caught_by(mutant: Mutant) -> str:
+    """Name of the first test that fails on a mutant, found in a process of its own; "" if none does."""
+    read, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        signal.alarm(LIMIT)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        sys.meta_path.insert(0, Broken(mutant))
+        try:
+            said = first_failure(mutant.block)
+        except BaseException:  # the zoo can't even be imported
+            said = "import: " + traceback.format_exc().strip().rpartition("\n")[2]
+        os.write(send, (said or "nothing").encode()[:4000])
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(read) as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return {"nothing": "", "": f"no end after {LIMIT} s, or a crash"}.get(said, said)
+
+
+def first_failure(block: str | None) -> str:
+    """The first property or test that fails, for one block or for all."""
+    import conftest
+
+    from vision_attn.testing import PROPERTIES
+
+    chosen = [case for case in conftest.cases() if block in (None, conftest.block_of(case))]
+    dear = ("hard_input_gives_finite_numbers", "fast_path_is_the_definition_at_any_size_with_any_options")
+    quick = [each for each in PROPERTIES if not each.slow and each.name not in dear]
+    for each in quick + [each for each in PROPERTIES if each.name in dear]:
+        for case in chosen:
+            if each.applies(case):
+                torch.manual_seed(0)
+                try:
+                    each.check(case)
+                except Exception:
+                    return each.name
+    if block:
+        files = [f"test_special_{block}.py", "test_patterns.py", "test_cache.py", "test_zoo.py"]
+        names = ["-k", f"special or {block} or coverage or blind"]
+    else:
+        files, names = SHARED_TESTS, []
+    paths = [str(TESTS / file) for file in files if (TESTS / file).exists()]
+    failures = Failures()
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", *names]
+    pytest.main([*options, *paths], plugins=[failures])
+    return failures.first
+
+
+class Failures:
+    """A pytest plugin that remembers the first failure."""
+
+    first = ""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.first:
+            self.first = report.nodeid.rpartition("/")[2]
+
+
+def drill(files: list[str] | None = None, path: str | None = None) -> None:
+    """Breaks files of the zoo, place by place, and lists which test catches it.
+
+    Args:
+        files: relative to vision_attn/; null takes all blocks.
+        path: CSV to write.
+    """
+    torch.set_num_threads(1)
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    files = files or sorted(f"blocks/{file.name}" for file in (ZOO / "blocks").glob("[!_]*.py"))
+    rows = []
+    chosen = [mutant for file in files for mutant in mutants(file)]
+    try:
+        for mutant in tqdm(chosen, unit=" mutants", smoothing=0):
+            test = caught_by(mutant)
+            row = {"file": mutant.file, "line": mutant.line, "fault": mutant.kind, "before": mutant.before}
+            rows.append(row | {"after": mutant.after, "caught by": test or SURVIVED})
+    finally:
+        write(path, "mutations", sorted(rows, key=lambda row: row["caught by"] == SURVIVED))
+    survived = sum(row["caught by"] == SURVIVED for row in rows)
+    print(f"{len(rows) - survived} of {len(rows)} caught, {100 - 100 * survived / max(1, len(rows)):.1f} %")
+
+
+if __name__ == "__main__":
+    sys.exit(auto_cli(drill, as_positional=False))

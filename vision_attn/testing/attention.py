@@ -1,0 +1,168 @@
+"""What attention is: weights, what they depend on, and order."""
+
+import itertools
+
+import torch
+from torch import nn
+
+from .case import BATCH, GRID, GRIDS, HEADS, KEY, PREFIXES, holds_for
+from .oracle import assert_equal, assert_same_bits, assert_same_function, sides
+
+
+@holds_for("mixer")
+def rows_of_weights_sum_to_one(case):
+    """Weights are not negative, and each token's sum to 1."""
+    for grid, prefix in itertools.product(GRIDS, PREFIXES):
+        with case.trying(grid=grid, prefix=prefix):
+            for step in case.block().steps:
+                q, k = torch.randn(2, BATCH, HEADS, prefix + grid.size, KEY, dtype=torch.float64)
+                weights = step.weights(q, k, grid)
+                assert weights.min() >= 0
+                assert_equal(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+@holds_for("mixer")
+def what_all_tokens_agree_on_is_kept(case):
+    """Where all values are 1, so is what every token gets: nothing from outside, such as padding, comes in."""
+    for grid, prefix in itertools.product(GRIDS, PREFIXES):
+        with case.trying(grid=grid, prefix=prefix):
+            for fast, _, (q, k, v) in sides(case.block(), grid, prefix):
+                assert_equal(fast(q, k, torch.ones_like(v)), torch.ones_like(v))
+
+
+@holds_for("softmax")
+def a_shift_of_all_scores_of_a_query_changes_nothing(case):
+    """A vector added to all keys shifts all scores of a query alike, which a softmax does not see."""
+    with case.trying(grid=GRID):
+        for fast, _, (q, k, v) in sides(case.block(), GRID, 5):
+            assert_equal(fast(q, k + 3 * torch.randn(KEY, dtype=torch.float64), v), fast(q, k, v))
+
+
+@holds_for("softmax")
+def order_matters_where_the_pattern_says_so(case):
+    """With rows, columns or positions permuted, outputs are those permuted exactly where the mask stays the same."""
+    for grid, prefix in itertools.product(GRIDS[1:], PREFIXES):
+        places = torch.arange(grid.size).view(grid)
+        rows, columns = torch.randperm(grid.height), torch.randperm(grid.width)
+        orders = {"rows": places[rows], "columns": places[:, columns], "positions": torch.randperm(grid.size)}
+        for name, order in orders.items():
+            order = torch.cat([torch.arange(prefix), prefix + order.flatten()])
+            with case.trying(grid=grid, prefix=prefix, permuted=name):
+                for step in case.block().steps:
+                    q, k, v = torch.randn(3, BATCH, HEADS, prefix + grid.size, KEY, dtype=torch.float64)
+                    mask = step.pattern.head_masks(HEADS, grid, prefix)
+                    out = step.mix(q, k, v, grid)[:, :, order]
+                    other = step.mix(*(t[:, :, order] for t in (q, k, v)), grid)
+                    stays = torch.equal(mask[:, order][..., order], mask)
+                    assert torch.allclose(other, out, rtol=1e-9, atol=1e-10) == stays
+
+
+@holds_for("mixer")
+def attention_shows_what_moves_to_where(case):
+    """`attention` gives a weight for each pair of tokens, of each head where there is one step."""
+    block, x = case.block(), case.input(GRID)
+    with case.trying(grid=GRID):
+        seen = block.attention(x, GRID)
+        assert seen.shape == (BATCH, HEADS if len(block.steps) == 1 else 1, 5 + GRID.size, 5 + GRID.size)
+        assert_equal(seen.sum(-1), torch.ones_like(seen[..., 0]))
+
+
+@holds_for("gate")
+def attention_map_is_a_weight_for_every_position(case):
+    """`attention_map` gives every position a number from 0 to 1."""
+    block = case.block()
+    for grid in GRIDS:
+        with case.trying(grid=grid):
+            seen = block.attention_map(case.input(grid))
+            assert seen.shape == (BATCH, *grid)
+            assert (0 <= seen).all() and (seen <= 1).all()
+
+
+@holds_for("mixer")
+def attention_dropout_drops_weights_or_is_refused(case):
+    """``attn_drop`` drops that share of the weights and scales the rest, in training; or it is refused by name."""
+    try:
+        block = case.block(attn_drop=0.4)
+    except ValueError as refusal:
+        assert "attn_drop=0.4" in str(refusal)
+        return
+    tokens = 5 + GRID.size
+    q, k = torch.randn(2, BATCH, HEADS, tokens, KEY, dtype=torch.float64)
+    values = torch.eye(tokens, dtype=torch.float64).expand(BATCH, HEADS, -1, -1)  # so that the output is the weights
+    with case.trying(grid=GRID):
+        for step in block.train().steps:
+            weights = step.weights(q, k, GRID)
+            out = step.mix(q, k, values, GRID)
+            kept = out != 0
+            assert_equal(out[kept], weights[kept] / 0.6)
+            assert 0.58 < kept[weights != 0].double().mean() < 0.62
+            assert_equal(step.eval().mix(q, k, values, GRID), weights)
+
+
+@holds_for("mixer")
+def output_dropout_drops_outputs(case):
+    """``proj_drop`` drops that share of the outputs and scales the rest, in training."""
+    block, x = case.block(proj_drop=0.4), case.input(GRID)
+    with case.trying(grid=GRID):
+        last, exact = block.steps[-1], block.steps[-1](x, GRID)
+        out = last.train()(x, GRID)
+        kept = out != 0
+        assert 0.58 < kept.double().mean() < 0.62
+        assert_equal(out[kept], exact[kept] / 0.6)
+
+
+@holds_for("mixer")
+def scale_is_one_over_the_root_of_the_key_channels_or_refused(case):
+    """``scale`` is (channels of a key)^-½ unless given, and matters; or it is refused by name."""
+    try:
+        given = case.block(scale=KEY**-0.5)
+    except ValueError as refusal:
+        assert f"scale={KEY**-0.5}" in str(refusal)
+        return
+    (same, other), x = (case.block(), case.block(scale=1.3)), case.input(GRID)
+    same.load_state_dict(given.state_dict())
+    other.load_state_dict(given.state_dict())
+    with case.trying(grid=GRID):
+        assert_same_bits(same(x, GRID), given(x, GRID))
+        assert not torch.allclose(other(x, GRID), given(x, GRID))
+        for fast, plain, inputs in sides(other, GRID, 5):
+            assert_same_function(fast, plain, inputs, [])
+
+
+@holds_for("mixer")
+def queries_and_keys_are_normalised_on_request(case):
+    """``qk_norm`` gives each head's queries mean 0 and variance 1; biases can be left out."""
+    block, x = case.block(qk_norm=True), case.input(GRID)
+    plain = case.block(qkv_bias=False, proj_bias=False)
+    assert not {name for name, _ in plain.named_parameters() if name.endswith(("qkv.bias", "proj.bias"))}
+    with case.trying(grid=GRID):
+        for step in block.steps:
+            nn.init.ones_(step.q_norm.weight), nn.init.zeros_(step.q_norm.bias)
+            q, _, _ = step.heads(x, GRID)
+            assert_equal(q.mean(-1), torch.zeros_like(q[..., 0]))
+            torch.testing.assert_close(q.var(-1, unbiased=False), torch.ones_like(q[..., 0]), rtol=1e-3, atol=0)
+
+
+@holds_for("causal")
+def the_future_has_no_effect(case):
+    """Whatever comes later in raster order, outputs are the same bits; and it changes all of its own."""
+    block, x = case.block(), case.input(GRID)
+    out = block(x, GRID)
+    for place in (0, GRID.width - 1, GRID.width, GRID.size // 2):
+        with case.trying(grid=GRID, place=place):
+            changed = x.clone()
+            changed[:, 5 + place + 1 :] = 10 * torch.randn_like(changed[:, 5 + place + 1 :])
+            other = block(changed, GRID)
+            assert torch.equal(other[:, : 5 + place + 1], out[:, : 5 + place + 1])
+            assert (other[:, 5 + place + 1 :] != out[:, 5 + place + 1 :]).any(-1).all()
+
+
+@holds_for("causal")
+def what_is_allowed_of_the_past_is_heard(case):
+    """The last position hears exactly what its pattern allows; without a pattern, everything."""
+    block = case.block()
+    with case.trying(grid=GRID):
+        x = case.input(GRID, prefix=0).requires_grad_()
+        (slope,) = torch.autograd.grad(block(x, GRID)[:, -1].sum(), x)
+        allowed = block.pattern.mask(GRID)[-1] if hasattr(block, "pattern") else torch.ones(GRID.size, dtype=torch.bool)
+        assert torch.equal((slope != 0).any(-1), allowed.expand(BATCH, -1))

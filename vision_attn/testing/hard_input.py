@@ -1,0 +1,91 @@
+"""Input that breaks careless code: odd sizes, narrow types, huge and tiny numbers, unusual memory."""
+
+import itertools
+
+import torch
+
+from ..grid import Grid
+from .case import GRID, PREFIXES, holds_for
+from .oracle import definition_of, sides
+
+SIZES = "1×1 1×7 7×1 2×3 3×2 5×5 7×11 11×5 13×17 16×16 19×8 8×23 1×67 31×33".split()
+HARD = {
+    "normal": lambda x: x,
+    "zeros": torch.zeros_like,
+    "constant": torch.ones_like,
+    "×1e3": lambda x: 1e3 * x,
+    "×1e-6": lambda x: 1e-6 * x,
+    "one huge pixel": lambda x: torch.cat([1e4 * x.flatten(1)[:, :1], x.flatten(1)[:, 1:]], dim=1).view_as(x),
+}
+WAYS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.mT.contiguous().mT if x.ndim == 3 else x.contiguous(memory_format=torch.channels_last),
+    "strided": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "empty batch": lambda x: x[:0],
+    "training": lambda x: x,
+    "autocast": lambda x: x,
+}
+
+
+@holds_for("any")
+def hard_input_gives_finite_numbers(case):
+    """Hard input of 14 sizes, four types and any layout gives the right shape and type, finite where the definition is.
+
+    The kinds of input are the images of one batch.
+    """
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        block = case.block(**case.wide_keys).to(dtype)
+        for size, prefix in itertools.product(SIZES, PREFIXES if case.is_mixer else [0]):
+            grid = Grid(*map(int, size.split("×")))
+            plain = torch.cat([change(case.input(grid, prefix, batch=1)) for change in HARD.values()]).to(dtype)
+            for way, lay in WAYS.items():
+                if way == "autocast" and dtype != torch.float32:
+                    continue
+                case.trials += len(HARD) - 1
+                with case.trying(grid=size, prefix=prefix, dtype=dtype, input=way):
+                    x = lay(plain).detach().requires_grad_()
+                    block.train(way == "training")
+                    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+                        out = case.run(block, x, grid)
+                    assert out.shape == x.shape and out.device == x.device
+                    assert out.dtype in ([torch.float32, torch.bfloat16] if way == "autocast" else [dtype])
+                    wanted = [x, *block.parameters()]
+                    slopes = torch.autograd.grad(out, wanted, torch.ones_like(out) / out[0:1].numel())
+                    assert all(slope.shape == t.shape and slope.dtype == t.dtype for slope, t in zip(slopes, wanted))
+                    found = [out, *slopes]
+                    if not all(t.isfinite().all() for t in found):
+                        assert_finite_where(found, definition_of(case, block, x, grid))
+
+
+def assert_finite_where(found, exact):
+    for name, t, e in zip(["output", "gradient of x", *["gradient of a parameter"] * len(found)], found, exact):
+        within = e.abs() < torch.finfo(t.dtype).max / 16  # what is larger may overflow on the way
+        assert (t.isfinite() | ~within).all(), f"{name} is not finite where the definition is"
+
+
+@holds_for("any")
+def large_scores_stay_finite(case):
+    """Scores beyond the range of float16 and of exp stay finite."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        block = case.block().to(dtype)
+        with case.trying(dtype=dtype):
+            for fast, _, inputs in sides(block, GRID, 5):
+                inputs = [(300 * x).to(dtype).requires_grad_() for x in inputs]
+                out = fast(*inputs)
+                out.float().mean().backward()
+                assert out.isfinite().all() and all(x.grad.isfinite().all() for x in inputs)
+
+
+@holds_for("any")
+def gradients_are_finite_where_the_map_is_zero(case):
+    """A map of zeros, as behind a new norm of weight 0, with biases of 0, gives finite gradients."""
+    layer = case.layer().train()
+    with torch.no_grad():
+        for name, p in layer.block.named_parameters():
+            p.mul_(not name.endswith("bias"))
+    with case.trying(grid=GRID):
+        x = torch.zeros_like(case.map(GRID)).requires_grad_()
+        layer(x).square().sum().backward()
+        for slope in [x.grad, *(p.grad for p in layer.parameters())]:
+            assert slope.isfinite().all()

@@ -1,0 +1,77 @@
+"""A block's two sides, the fast one and its definition, and how they are compared."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..gate import Gate
+from .case import BATCH, HEADS, KEY, VALUE
+
+
+def sides(block, grid, prefix) -> list[tuple[Callable, Callable, list[Tensor]]]:
+    """For each step of a block: its fast path, its definition, and inputs for both.
+
+    Of a mixer with values as wide as keys, which takes torch's flash attention, and of another width, which does not.
+    """
+    if isinstance(block, Gate):
+        return [(block.gate, block.reference, [torch.randn(BATCH, block.dim, *grid, dtype=torch.float64)])]
+    shapes = [[(BATCH, HEADS, prefix + grid[0] * grid[1], d) for d in (KEY, KEY, value)] for value in (VALUE, KEY)]
+    return [side for some in shapes for side in mixer_sides(block, grid, some)]
+
+
+def mixer_sides(block, grid, shapes):
+    return [
+        (
+            lambda q, k, v, step=step: step.mix(q, k, v, grid),
+            lambda q, k, v, step=step: step.weights(q, k, grid) @ v,
+            [torch.randn(shape, dtype=torch.float64) for shape in shapes],
+        )
+        for step in block.steps
+    ]
+
+
+def definition(block):
+    """A copy of a block that computes by its definition."""
+    block = copy.deepcopy(block)
+    if isinstance(block, Gate):
+        block.gate = block.reference
+    else:
+        for step in block.steps:
+            step.mix = lambda q, k, v, grid, step=step: step.weights(q, k, grid) @ v
+    return block
+
+
+def gradients(function, inputs, parameters):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    return out, torch.autograd.grad(out, [*inputs, *parameters], direction, allow_unused=True, materialize_grads=True)
+
+
+def assert_same_function(fast, plain, inputs, parameters):
+    out, slopes = gradients(fast, inputs, parameters)
+    expected, expected_slopes = gradients(plain, inputs, parameters)
+    assert_equal(out, expected)
+    assert_equal(slopes, expected_slopes)
+
+
+def assert_equal(actual, expected):
+    """Up to the rounding of float64."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+def assert_same_bits(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def error(actual, exact) -> float:
+    return (actual.double() - exact).abs().max().item()
+
+
+def definition_of(case, block, x, grid) -> list[Tensor]:
+    """The definition's output and gradients in float64."""
+    block, x = definition(copy.deepcopy(block).double()), x.detach().double().requires_grad_()
+    out = case.run(block, x, grid)
+    return [out, *torch.autograd.grad(out, [x, *block.parameters()], torch.ones_like(out) / out[0:1].numel())]
