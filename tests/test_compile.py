@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from vision_attn import create_layer
-from vision_attn.testing.case import BATCH, lived_in
+from vision_attn.testing.case import BATCH
 
 SIZES = [(29, 31), (37, 29), (31, 41)]  # more than one tile each way: one is a case of its own to torch
 
@@ -33,10 +32,6 @@ def assert_compiles(module, inputs, graphs):
 
 def maps(channels):
     return [[torch.randn(BATCH, channels, *size, dtype=torch.float64)] for size in SIZES]
-
-
-def test_compiled_layer_is_the_layer(block_name):
-    assert_compiles(lived_in(create_layer(block_name, 11)), maps(11), graphs=1)
 
 
 def test_compiled_gate_is_the_gate_in_training(gate_case):

@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_python_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, pixels, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, pixels, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(code, names)
     assert names["logits"].shape == (2, 10)
@@ -37,6 +37,15 @@ def test_python_runs_as_written(tmp_path, monkeypatch):
     assert names["tokens"].shape == (1, 32 * 96, 64) and names["images"].shape == (4, 1, 8, 8)
     assert abs(names["bits"].item() - math.log2(17)) < 1e-5  # its logits start at 0
     assert len(names["mixed"].blocks) == 3
+
+
+@pytest.mark.slow
+def test_a_block_of_ones_own_is_tested_as_written(tmp_path):
+    *_, own = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "own.py").write_text(own)
+    done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "RowsAndWindows(dim=33, num_heads=3, key_dim=21): everything holds" in done.stdout
 
 
 def test_table_is_the_registry(tmp_path):

@@ -56,11 +56,32 @@ def test_parts_are_as_in_the_authors_code():
 
 
 def test_both_gates_only_weaken():
-    """And can shut: at strongly negative scores nothing is left."""
     block, x = lived_in_block(), torch.randn(2, DIM, 11, 13, dtype=torch.float64)
     assert (block(x).abs() <= x.abs()).all()
-    block.mlp[2].bias.data.fill_(-500)
-    assert (block(x) == 0).all()
+    for gate in (block.channel_gate(x), block.spatial_gate(x)):
+        assert (0 < gate).all() and (gate < 1).all() and gate.std() > 1e-3
+
+
+def test_each_gate_can_shut_and_both_can_open():
+    block, x = lived_in_block(), torch.randn(2, DIM, 11, 13, dtype=torch.float64)
+    channels, pixels = block.mlp[2].bias.data, block.spatial[1].bias.data
+    for shut, other in ((channels, pixels), (pixels, channels)):
+        shut.fill_(-500), other.fill_(500)
+        assert (block(x).abs() < 1e-100).all()
+    channels.fill_(500), pixels.fill_(500)
+    torch.testing.assert_close(block(x), x, rtol=1e-12, atol=0)
+
+
+def test_without_the_second_gate_the_order_of_pixels_does_not_matter():
+    block, x = lived_in_block(spatial=False), torch.randn(2, DIM, 11, 13, dtype=torch.float64)
+    order = torch.randperm(11 * 13)
+
+    def shuffled(x):
+        return x.flatten(2)[:, :, order].reshape(x.shape)
+
+    torch.testing.assert_close(block(shuffled(x)), shuffled(block(x)), rtol=1e-12, atol=1e-12)
+    with_second = lived_in_block()
+    assert not torch.allclose(with_second(shuffled(x)), shuffled(with_second(x)))
 
 
 def test_without_the_second_gate_all_pixels_are_weighted_alike():

@@ -40,6 +40,17 @@ def test_of_a_constant_image_the_context_is_the_constant(pooling):
     torch.testing.assert_close(seen[0], torch.ones(2, DIM, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+def test_its_gate_stays_between_shut_and_open_and_can_be_both():
+    block = create_block("global_context", DIM, fusion="multiply").double()
+    x = torch.randn(2, DIM, 11, 13, dtype=torch.float64)
+    factor = block(x) / x
+    assert (0 < factor).all() and (factor < 1).all()
+    last = block.multiply[-1]
+    for bias, factor in ((500, 1), (-500, 0)):
+        torch.nn.init.constant_(last.bias, bias)
+        torch.testing.assert_close(block(x), factor * x, rtol=1e-12, atol=1e-12)
+
+
 def test_every_pixel_gets_the_same_summary():
     block, x = create_block("global_context", DIM).double(), torch.randn(2, DIM, 11, 13, dtype=torch.float64)
     added = block(x) - x

@@ -32,6 +32,10 @@ def attend(
 
     ``bias`` is added to the scaled scores of the only key set, b = B · heads. Cost: (queries × keys looked at) · d.
     """
+    if v.dtype == torch.float16 and v.device.type == "cpu":  # slow there, and scores may pass the least float16, a mask
+        bias = None if bias is None else bias.float()
+        out = attend(q.float(), k.float(), v.float(), grid, pattern, scale=scale, dropout=dropout, bias=bias)
+        return out.half()
     parts, heads, prefix = pattern.by_head(), q.shape[1], grid.prefix_of(q.shape[2])
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave normalised queries and keys wider
     shares = pattern.shares(heads)

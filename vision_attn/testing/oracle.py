@@ -70,8 +70,8 @@ def error(actual, exact) -> float:
     return (actual.double() - exact).abs().max().item()
 
 
-def definition_of(case, block, x, grid) -> list[Tensor]:
-    """The definition's output and gradients in float64."""
-    block, x = definition(copy.deepcopy(block).double()), x.detach().double().requires_grad_()
+def definition_of(case, block, x, grid, dtype) -> list[Tensor]:
+    """The definition's output and gradients in a type."""
+    block, x = definition(copy.deepcopy(block).to(dtype)), x.detach().to(dtype).requires_grad_()
     out = case.run(block, x, grid)
-    return [out, *torch.autograd.grad(out, [x, *block.parameters()], torch.ones_like(out) / out[0:1].numel())]
+    return [out, *torch.autograd.grad(out, [x, *block.parameters()], torch.ones_like(out) / out[:1].numel())]
