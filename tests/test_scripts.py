@@ -143,6 +143,32 @@ def test_benchmark_counts_what_is_held_at_once():
     assert peak_memory(call, "cpu") == pytest.approx(2, rel=0.01)
 
 
+def test_exported_models_are_timed_and_failures_said(tmp_path):
+    """Also by a run that goes on; without a compiler."""
+    path, run = tmp_path / "speed.csv", script("benchmark_onnx")
+
+    def no_compiler(model, images, threads):
+        raise RuntimeError("no\ncompiler")
+
+    run["ROUTES"]["compiled"] = "compile", no_compiler
+    options = dict(models=["cifar_resnet20"], image_size=32, rounds=1)
+    run["benchmark"](**options, blocks=[], path=str(path))
+    stopped = path.read_text(encoding="utf-8").splitlines()
+    run["benchmark"](**options, blocks=["cbam"], resume=str(path))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# python ") and lines[1:3] == stopped[1:]
+    rows = list(csv.DictReader(lines[1:]))
+    assert [row["model"] for row in rows] == ["cifar_resnet20", "cifar_resnet20_cbam"]
+    assert rows[0]["parameters"] == "269722" < rows[1]["parameters"]
+    for row in rows:
+        assert row["compiled ms"] == "failed: RuntimeError: no compiler" and row["eager / compiled"] == "not run"
+        ratio = float(row["eager ms"]) / float(row["onnxruntime ms"])
+        assert float(row["eager / onnxruntime"]) == pytest.approx(ratio, rel=0.05)
+        assert 0 < float(row["export: largest difference"]) < 1e-4
+    with pytest.raises(ValueError, match="resnet18_nope"):
+        run["benchmark"](models=["resnet18"], blocks=["nope"])
+
+
 def test_simple_models_of_digits_are_counts():
     """Of every pixel: near the entropy of its values, averaged."""
     simple = script("benchmark_pixels")["simple_models"]()
