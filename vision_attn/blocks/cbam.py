@@ -67,12 +67,12 @@ class Block(Gate):
 
     def channel_gate(self, x):
         """(B, C, 1, 1), in [0, 1]."""
-        scores = self.mlp(x.mean(dim=(2, 3))) + self.mlp(x.amax(dim=(2, 3)))
+        scores = self.mlp(x.mean(dim=(2, 3))) + self.mlp(x.flatten(2).max(dim=2).values)  # amax: a slower backward
         return scores.sigmoid()[:, :, None, None]
 
     def spatial_gate(self, x):
         """(B, 1, H, W), in [0, 1]."""
-        return self.spatial(torch.cat([x.amax(dim=1, keepdim=True), x.mean(dim=1, keepdim=True)], dim=1)).sigmoid()
+        return self.spatial(torch.cat([x.max(dim=1, keepdim=True).values, x.mean(dim=1, keepdim=True)], dim=1)).sigmoid()
 
     def attention_map(self, x):
         x = self.checked(x)
