@@ -11,11 +11,13 @@ concerned, then the tests that are special to them, until one fails. Writes a CS
 import ast
 import importlib.abc
 import importlib.util
+import itertools
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ from training.results import write
 
 TESTS = Path(__file__).parent
 ZOO = TESTS.parent / "vision_attn"
-LIMIT = 600  # seconds for one mutant
+LIMIT = 300  # seconds for one mutant
 SURVIVED = "SURVIVED"
 SHARED_TESTS = ["test_union.py", "test_patterns.py", "test_layers.py", "test_cache.py", "test_average.py"]
 
@@ -201,17 +203,26 @@ def first_failure(block: str | None) -> str:
 
     from vision_attn.testing import PROPERTIES
 
-    chosen = [case for case in conftest.cases() if block in (None, conftest.block_of(case))]
-    dear = ("hard_input_gives_finite_numbers", "fast_path_is_the_definition_at_any_size_with_any_options")
-    quick = [each for each in PROPERTIES if not each.slow and each.name not in dear]
-    for each in quick + [each for each in PROPERTIES if each.name in dear]:
-        for case in chosen:
-            if each.applies(case):
-                torch.manual_seed(0)
-                try:
-                    each.check(case)
-                except Exception:
-                    return each.name
+    cases = [case for case in conftest.cases() if block in (None, conftest.block_of(case))]
+    first = list({case.block_class: case for case in reversed(cases)}.values())
+    quick = [each for each in PROPERTIES if not each.slow]
+    long = [each for each in PROPERTIES if each.slow and not each.name.startswith(("compiles", "is_traced"))]
+    return failing_property(quick, cases) or failing_test(block) or failing_property(long, first)
+
+
+def failing_property(properties: list, cases: list) -> str:
+    for each, case in itertools.product(properties, cases):
+        if each.applies(case):
+            torch.manual_seed(0)
+            try:
+                each.check(case)
+            except Exception:
+                return each.name
+    return ""
+
+
+def failing_test(block: str | None) -> str:
+    """Of the tests special to a block, or to what all share."""
     if block:
         files = [f"test_special_{block}.py", "test_patterns.py", "test_cache.py", "test_zoo.py"]
         names = ["-k", f"special or {block} or coverage or blind"]
@@ -245,14 +256,12 @@ def drill(files: list[str] | None = None, path: str | None = None) -> None:
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     files = files or sorted(f"blocks/{file.name}" for file in (ZOO / "blocks").glob("[!_]*.py"))
     rows = []
-    chosen = [mutant for file in files for mutant in mutants(file)]
-    try:
-        for mutant in tqdm(chosen, unit=" mutants", smoothing=0):
-            test = caught_by(mutant)
-            row = {"file": mutant.file, "line": mutant.line, "fault": mutant.kind, "before": mutant.before}
-            rows.append(row | {"after": mutant.after, "caught by": test or SURVIVED})
-    finally:
-        write(path, "mutations", sorted(rows, key=lambda row: row["caught by"] == SURVIVED))
+    for mutant in tqdm([mutant for file in files for mutant in mutants(file)], unit=" mutants", smoothing=0):
+        test = caught_by(mutant)
+        row = {"file": mutant.file, "line": mutant.line, "fault": mutant.kind, "before": mutant.before}
+        rows.append(row | {"after": mutant.after, "caught by": test or SURVIVED})
+        with redirect_stdout(None):  # the path, each time
+            write(path, "mutations", sorted(rows, key=lambda row: row["caught by"] == SURVIVED))
     survived = sum(row["caught by"] == SURVIVED for row in rows)
     print(f"{len(rows) - survived} of {len(rows)} caught, {100 - 100 * survived / max(1, len(rows)):.1f} %")
 
