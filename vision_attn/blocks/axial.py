@@ -89,7 +89,7 @@ class Along(PatternMixer):
         place = (place // grid.width if self.axis == 0 else place % grid.width).double()
         stretch = (self.length - 1) / max(1, grid[self.axis] - 1)
         at = (place[None, :] - place[:, None]) * stretch + self.length - 1  # where in the table, a real number
-        low = at.floor().long().clamp(0, 2 * self.length - 2)
+        low = at.floor().long()
         high, part = (low + 1).clamp(max=2 * self.length - 2), (at - low)[..., None].to(q.dtype)
         from_q, from_k = (r[low] * (1 - part) + r[high] * part for r in self.relative)  # each (N, N, d)
         return (q[..., :, None, :] * from_q).sum(-1) + (k[..., None, :, :] * from_k).sum(-1)

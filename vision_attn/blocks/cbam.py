@@ -67,12 +67,14 @@ class Block(Gate):
 
     def channel_gate(self, x):
         """(B, C, 1, 1), in [0, 1]."""
-        scores = self.mlp(x.mean(dim=(2, 3))) + self.mlp(x.flatten(2).max(dim=2).values)  # amax: a slower backward
+        largest = x.flatten(2).max(dim=2).values  # amax has a slower backward
+        scores = self.mlp(x.mean(dim=(2, 3))) + self.mlp(largest)
         return scores.sigmoid()[:, :, None, None]
 
     def spatial_gate(self, x):
         """(B, 1, H, W), in [0, 1]."""
-        return self.spatial(torch.cat([x.max(dim=1, keepdim=True).values, x.mean(dim=1, keepdim=True)], dim=1)).sigmoid()
+        pooled = torch.cat([x.max(dim=1, keepdim=True).values, x.mean(dim=1, keepdim=True)], dim=1)
+        return self.spatial(pooled).sigmoid()
 
     def attention_map(self, x):
         x = self.checked(x)

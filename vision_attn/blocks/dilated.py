@@ -52,5 +52,5 @@ class Block(PatternMixer):
         **mixer,
     ):
         check.boolean("causal", causal)
-        radius = tuple((size - 1) // 2 for size in check.odd_pair("kernel_size", kernel_size))
+        radius = tuple(size // 2 for size in check.odd_pair("kernel_size", kernel_size))
         super().__init__(Window(radius, check.pair("dilation", dilation), past=causal), dim, num_heads, **mixer)

@@ -52,6 +52,6 @@ class Block(PatternMixer):
     ):
         check.positive_int("tokens", tokens)
         check.boolean("causal", causal)
-        radius = tuple((size - 1) // 2 for size in check.odd_pair("kernel_size", kernel_size))
+        radius = tuple(size // 2 for size in check.odd_pair("kernel_size", kernel_size))
         pattern = Window(radius) | Global(tokens)
         super().__init__(pattern & Past() if causal else pattern, dim, num_heads, **mixer)

@@ -98,7 +98,7 @@ class Block(PatternMixer):
     ):
         check.positive_int("tokens", tokens)
         check.boolean("causal", causal)
-        radius = tuple((size - 1) // 2 for size in check.odd_pair("kernel_size", kernel_size))
+        radius = tuple(size // 2 for size in check.odd_pair("kernel_size", kernel_size))
         known = {
             "local": Window(radius),
             "strided": Lattice(check.pair("stride", stride)),

@@ -40,5 +40,5 @@ class Block(PatternMixer):
 
     def __init__(self, dim, num_heads=None, *, kernel_size: int | tuple[int, int] = 7, causal: bool = False, **mixer):
         check.boolean("causal", causal)
-        radius = tuple((size - 1) // 2 for size in check.odd_pair("kernel_size", kernel_size))
+        radius = tuple(size // 2 for size in check.odd_pair("kernel_size", kernel_size))
         super().__init__(Window(radius, past=causal), dim, num_heads, **mixer)
