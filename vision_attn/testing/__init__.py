@@ -51,11 +51,12 @@ def check_block(block_class: type, *, only: str = "*", unfelt: tuple[str, ...] =
             each.check(case)
         except Exception as error:
             said = [f"{type(error).__name__}: {error}".strip(), *getattr(error, "__notes__", ())]
-            failed.append(f"{each.sentence}\n" + "\n".join(f"    {line}" for note in said for line in note.split("\n")))
-            print(f"FAILS  {failed[-1]}")
+            lines = [line for note in said for line in note.split("\n") if line.strip()]
+            failed.append("\n    ".join([f"{each.name}: {each.sentence}", *lines]))
+            print(f"FAILS  {each.name}: {each.sentence}")
         else:
-            print(f"holds  {each.sentence} ({case.trials - before})")
+            print(f"holds  {each.name}: {each.sentence} ({case.trials - before})")
     if failed:
-        raise AssertionError(f"{case}: {len(failed)} properties fail:\n" + "\n".join(failed))
+        raise AssertionError("\n".join([f"{case}: {len(failed)} properties fail", *failed]))
     print(f"{case}: everything holds, {case.trials} trials")
     return case.trials

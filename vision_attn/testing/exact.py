@@ -26,7 +26,7 @@ def fast_path_is_the_definition(case):
 
 @holds_for("any", slow=True)
 def fast_path_is_the_definition_at_any_size_with_any_options(case):
-    """So it does for any batch, grid, prefix, heads, channels and options, drawn by hypothesis."""
+    """The fast path is the definition for any batch, grid, prefix, heads, channels and options, drawn by hypothesis."""
     numbers = st.fixed_dictionaries(
         dict(batch=st.integers(1, 3), grid=st.tuples(st.integers(1, 13), st.integers(1, 13)), prefix=st.integers(0, 5))
     )

@@ -62,7 +62,7 @@ def device_and_dtype_reach_every_tensor(case):
 
 @holds_for("any")
 def a_block_made_without_memory_can_be_reset(case):
-    """As sharded training builds a model: on the meta device; each module with tensors of its own resets itself."""
+    """Made on the meta device, as sharded training does, each module with tensors of its own resets itself."""
     layer = OnMap(case.new(device="meta")).to_empty(device="cpu")
     for tensor in layer.state_dict().values():
         tensor.fill_(77)
