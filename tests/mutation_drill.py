@@ -32,7 +32,7 @@ from training.results import write
 
 TESTS = Path(__file__).parent
 ZOO = TESTS.parent / "vision_attn"
-LIMIT = 300  # seconds for one mutant
+LIMIT = 120  # seconds for one mutant
 SURVIVED = "SURVIVED"
 SHARED_TESTS = ["test_union.py", "test_patterns.py", "test_layers.py", "test_cache.py", "test_average.py"]
 

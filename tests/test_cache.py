@@ -7,7 +7,7 @@ from conftest import MIXERS
 from vision_attn import Grid, create_block
 from vision_attn.testing.case import BATCH
 
-SMALL = [Grid(5, 7), Grid(11, 3), Grid(1, 5), Grid(3, 1), Grid(1, 1)]
+SMALL = [Grid(5, 7), Grid(11, 3), Grid(2, 7), Grid(1, 5), Grid(3, 1), Grid(1, 1)]
 
 
 def stepped(block, x, grid, **options):
