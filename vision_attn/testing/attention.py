@@ -145,16 +145,17 @@ def queries_and_keys_are_normalised_on_request(case):
 
 @holds_for("causal")
 def the_future_has_no_effect(case):
-    """Whatever comes later in raster order, outputs are the same bits; and it changes all of its own."""
-    block, x = case.block(), case.input(GRID)
-    out = block(x, GRID)
-    for place in (0, GRID.width - 1, GRID.width, GRID.size // 2):
-        with case.trying(grid=GRID, place=place):
-            changed = x.clone()
-            changed[:, 5 + place + 1 :] = 10 * torch.randn_like(changed[:, 5 + place + 1 :])
-            other = block(changed, GRID)
-            assert torch.equal(other[:, : 5 + place + 1], out[:, : 5 + place + 1])
-            assert (other[:, 5 + place + 1 :] != out[:, 5 + place + 1 :]).any(-1).all()
+    """Whatever comes later in raster order, outputs are the same bits, also at scores beyond float16's range."""
+    for dtype, size in ((torch.float64, 1), (torch.float16, 1000)):
+        block, x = case.block(**case.wide_keys).to(dtype), (size * case.input(GRID)).to(dtype)
+        out = block(x, GRID)
+        for place in (0, GRID.width - 1, GRID.width, GRID.size // 2):
+            with case.trying(grid=GRID, place=place, dtype=dtype):
+                changed = x.clone()
+                changed[:, 5 + place + 1 :] = 10 * size * torch.randn_like(changed[:, 5 + place + 1 :])
+                other = block(changed, GRID)
+                assert torch.equal(other[:, : 5 + place + 1], out[:, : 5 + place + 1])
+                assert (other[:, 5 + place + 1 :] != out[:, 5 + place + 1 :]).any(-1).all()
 
 
 @holds_for("causal")
