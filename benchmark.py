@@ -63,15 +63,11 @@ def calls_of(
     )
     calls = {"block": lambda: [step.mix(q, k, v, grid) for step in steps]}
     if dense:
-        calls["dense"] = lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=is_causal(step)) for step in steps]
+        calls["dense"] = lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=step.causal) for step in steps]
     if masked:
         masks = [step.pattern.by_head()[0].mask(grid, device=device) for step in steps]
         calls["masked"] = lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in masks]
     return calls
-
-
-def is_causal(step) -> bool:
-    return step.pattern.causal if hasattr(step, "pattern") else getattr(step, "causal", False)
 
 
 def forward(call: Callable) -> Callable[[], None]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vision_attn import describe, list_blocks
+from vision_attn.mixer import PatternMixer
 from vision_attn.testing import Case
 from vision_attn.testing.case import KINDS
 from vision_attn.zoo import block_class
@@ -77,7 +78,7 @@ def cases() -> list[Case]:
 
 CHOICES = {
     **{f"{kind}_case": applies for kind, applies in KINDS.items()},
-    "pattern_case": lambda case: case.is_mixer and any(hasattr(step, "pattern") for step in case.new().steps),
+    "pattern_case": lambda case: case.is_mixer and any(isinstance(step, PatternMixer) for step in case.new().steps),
 }
 
 

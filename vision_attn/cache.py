@@ -116,3 +116,31 @@ class PatternCache:
             out = F.scaled_dot_product_attention(query[:, :, None], keys, values, attn_mask=mask, scale=self.scale)
             outs.append(out[:, :, 0])
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+class RemixedPast:
+    """All of the past of a mixer, which is mixed anew for every pixel: right for any causal mixer, and as slow.
+
+    Args:
+        mix: of the mixer.
+        batch, heads: number of images, and of heads of the mixer.
+        grid: of the image that is made.
+        dims: channels of a head's queries, keys and values.
+    """
+
+    def __init__(self, mix, batch: int, heads: int, grid: Grid, dims: list[int], device=None, dtype=None):
+        self.mix, self.grid = mix, grid
+        self.past = [torch.zeros(batch, heads, grid.size, dim, device=device, dtype=dtype) for dim in dims]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept, in bytes."""
+        return sum(past.nbytes for past in self.past)
+
+    def step(
+        self, q: Float[Tensor, "B heads d"], k: Float[Tensor, "B heads d"], v: Float[Tensor, "B heads d"], place: int
+    ) -> Float[Tensor, "B heads d"]:
+        """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
+        for past, entry in zip(self.past, (q, k, v)):
+            past[:, :, place] = entry
+        return self.mix(*self.past, self.grid)[:, :, place]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from . import check
-from .cache import PatternCache
+from .cache import PatternCache, RemixedPast
 from .grid import Grid
 from .pattern import BlindSpot, Pattern, blind_spot
 from .union import attend
@@ -38,6 +38,9 @@ class Mixer(nn.Module):
 
     recurrence = 1  # times that OnMap applies the block, with shared weights
     not_causal = ""  # why causal=True is refused, where it is
+    causal = False  # whether nothing is seen that comes later in raster order
+    averages = True  # whether weights are ≥ 0 and each token's sum to 1
+    projects = "qkv"  # what is made of the input; what is not, `mix` and `weights` get without channels
 
     def __init__(
         self,
@@ -76,7 +79,9 @@ class Mixer(nn.Module):
         self.scale = (key_dim // num_heads) ** -0.5 if scale is None else scale
         self.attn_drop = attn_drop
         norm = (norm_layer or nn.LayerNorm) if qk_norm else None
-        self.qkv = nn.Linear(dim, 2 * key_dim + dim, bias=qkv_bias, **dd)
+        widths = {"q": key_dim, "k": key_dim, "v": dim}
+        self.widths = [widths[part] * (part in self.projects) for part in "qkv"]
+        self.qkv = nn.Linear(dim, sum(self.widths), bias=qkv_bias, **dd)
         self.q_norm = norm(key_dim // num_heads, **dd) if norm else nn.Identity()
         self.k_norm = norm(key_dim // num_heads, **dd) if norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
@@ -113,7 +118,7 @@ class Mixer(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, dim={self.dim})")
         Grid.of(grid).prefix_of(x.shape[1])
-        parts = self.qkv(x).split([self.key_dim, self.key_dim, self.dim], dim=-1)
+        parts = self.qkv(x).split(self.widths, dim=-1)
         q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in parts)
         return self.q_norm(q), self.k_norm(k), v
 
@@ -126,11 +131,17 @@ class Mixer(nn.Module):
         """What `step` keeps of the past while ``batch`` images of ``grid`` are made pixel by pixel.
 
         ``full=True`` keeps and reads everything, for comparison. Type and device are those of the weights unless given.
+        A mixer that knows no better keeps everything and mixes it anew at every step.
 
         Raises:
             ValueError: the mixer is not causal.
         """
-        raise ValueError("causal=False: pixel by pixel only a causal block can go on")
+        if not self.causal:
+            raise ValueError("causal=False: pixel by pixel only a causal block can go on")
+        widths = [width // self.num_heads for width in self.widths]
+        weight = self.qkv.weight
+        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        return RemixedPast(self.mix, batch, self.num_heads, Grid.of(grid), widths, **factory)
 
     def step(self, x: Float[Tensor, "B dim"], place: int, cache) -> Float[Tensor, "B dim"]:
         """What `forward` gives at raster index ``place``, all earlier indices having been stepped through."""
@@ -174,14 +185,11 @@ class PatternMixer(Mixer):
         if self.num_heads < least:
             raise ValueError(f"num_heads={self.num_heads}: must be ≥ {least}, one head for each pattern")
         self.pattern = pattern
-        if pattern.causal and (missing := blind_spot([pattern])):
-            name = type(self).__module__.rpartition(".")[2]
-            warnings.warn(
-                f"causal {name} alone leaves {missing} of 903 past pairs on a 6×7 grid unheard at any depth: "
-                "other heads or layers must hear them",
-                BlindSpot,
-                stacklevel=4,
-            )
+        warn_of_blind_spot(self)
+
+    @property
+    def causal(self):
+        return self.pattern.causal
 
     def mix(self, q, k, v, grid):
         return attend(q, k, v, grid, self.pattern, scale=self.scale, dropout=self.dropout)
@@ -225,6 +233,18 @@ class Sequence(Mixer):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+def warn_of_blind_spot(mixer: Mixer) -> None:
+    """Warns if the pattern of a mixer is causal and leaves part of the past unheard at any depth."""
+    if mixer.pattern.causal and (missing := blind_spot([mixer.pattern])):
+        name = type(mixer).__module__.rpartition(".")[2]
+        warnings.warn(
+            f"causal {name} alone leaves {missing} of 903 past pairs on a 6×7 grid unheard at any depth: "
+            "other heads or layers must hear them",
+            BlindSpot,
+            stacklevel=5,
+        )
 
 
 def softmax_over(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..gate import Gate
 from ..grid import Grid
 from ..layout import OnMap
-from ..mixer import Mixer
+from ..mixer import Mixer, PatternMixer
 
 BATCH, HEADS, KEY, VALUE = 2, 3, 7, 11  # of mixers: queries, keys and values of (BATCH, HEADS, tokens, KEY or VALUE)
 CHANNELS = 19  # of gates
@@ -112,6 +112,7 @@ KINDS = {
     "any": lambda case: True,
     "mixer": lambda case: case.is_mixer,
     "gate": lambda case: not case.is_mixer,
+    "average": lambda case: case.is_mixer and all(step.averages for step in case.new(device="meta").steps),
     "causal": lambda case: bool(case.options.get("causal")),
     "softmax": lambda case: case.is_mixer and all(map(is_softmax_of_products, case.new(device="meta").steps)),
 }
@@ -120,7 +121,7 @@ KINDS = {
 def is_softmax_of_products(step: Mixer) -> bool:
     """Whether its scores are q · k alone, of what a pattern allows."""
     own = {name.partition(".")[0] for name, _ in step.named_parameters()}
-    return hasattr(step, "pattern") and own <= {"qkv", "proj", "q_norm", "k_norm"}
+    return isinstance(step, PatternMixer) and own <= {"qkv", "proj", "q_norm", "k_norm"}
 
 
 def holds_for(kind: str, slow: bool = False) -> Callable:

@@ -17,6 +17,9 @@ def sides(block, grid, prefix) -> list[tuple[Callable, Callable, list[Tensor]]]:
     """
     if isinstance(block, Gate):
         return [(block.gate, block.reference, [torch.randn(BATCH, block.dim, *grid, dtype=torch.float64)])]
+    if not block.steps:  # more than weights times values
+        x = torch.randn(BATCH, prefix + grid[0] * grid[1], block.dim, dtype=torch.float64)
+        return [(lambda x: block(x, grid), lambda x: block.reference(x, grid), [x])]
     shapes = [[(BATCH, HEADS, prefix + grid[0] * grid[1], d) for d in (KEY, KEY, value)] for value in (VALUE, KEY)]
     return [side for some in shapes for side in mixer_sides(block, grid, some)]
 
@@ -37,6 +40,8 @@ def definition(block):
     block = copy.deepcopy(block)
     if isinstance(block, Gate):
         block.gate = block.reference
+    elif not block.steps:
+        block.forward = block.reference
     else:
         for step in block.steps:
             step.mix = lambda q, k, v, grid, step=step: step.weights(q, k, grid) @ v
