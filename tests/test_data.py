@@ -54,6 +54,18 @@ def test_digits_are_fixed_disjoint_and_complete():
         assert [image.tobytes() for image in large] == [image.tobytes() for image in part.images]
 
 
+def test_the_first_training_images_alone(tmp_path):
+    train, val, _ = create_datasets(DataConfig(name="digits", train_images=11))
+    assert (len(train), len(val)) == (11, 360) and train.name(7) == "digits 7"
+    assert [train[i][0].tobytes() for i in range(11)] == [image.tobytes() for image in Digits(train=True).images[:11]]
+    for wrong, said in ((0, "at least 1"), (1438, "at most 1437")):
+        with pytest.raises(ValueError, match=f"data.train_images must be {said}, got {wrong}"):
+            create_datasets(DataConfig(name="digits", train_images=wrong))
+    make_shards(tmp_path)
+    with pytest.raises(ValueError, match="data.train_images must be null for shards, got 5"):
+        create_datasets(DataConfig(name="wds", dir=str(tmp_path), num_classes=3, train_images=5))
+
+
 def labels_of(dataset):
     return [target for _, target in dataset]
 

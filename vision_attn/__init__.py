@@ -5,6 +5,7 @@ from .grid import Grid
 from .layout import OnMap, OnTokens
 from .mixer import Mixer
 from .pattern import Pattern
+from .recommend import recommend
 from .zoo import create_block, create_layer, describe, layer, list_blocks
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "describe",
     "layer",
     "list_blocks",
+    "recommend",
 ]
 __version__ = "0.1.0"

@@ -1,13 +1,68 @@
-"""``python -m vision_attn list`` prints the blocks; ``python -m vision_attn readme FILE`` renews a page's table."""
+"""The zoo on the command line: ``python -m vision_attn list | show | cost | recommend | readme``, each with ``--help``.
+
+Exit code 0: done; 2: bad input, with one line that says what.
+"""
 
 import argparse
+import ast
 import re
 import sys
+import warnings
 from pathlib import Path
 
-from .zoo import describe, list_blocks
+import torch
+
+from . import cost, draw
+from .grid import Grid
+from .recommend import recommend
+from .zoo import create_block, create_layer, describe, list_blocks
 
 BEGIN, END = "<!-- blocks: begin -->", "<!-- blocks: end -->"
+
+
+def show_list(blocks: str) -> None:
+    entries = [describe(name) for name in list_blocks(blocks)]
+    columns([(e.name, e.kind, e.causal * "causal", e.cost, f"{e.source}, {e.url}") for e in entries], texts=5)
+
+
+def show_looks(
+    block: str, size: Grid, query: tuple | None, png: Path | None, options: list, dim: int, seed: int
+) -> None:
+    entry, query = describe(block), query or (size.height // 2, size.width // 2)
+    torch.manual_seed(seed)
+    found = draw.looks(created(create_block, block, dim, options), size, query, seed)
+    query = query if entry.kind == "mixer" else None
+    title = f"{block} on {size.height}×{size.width}, {'query {},{}'.format(*query) if query else 'every position'}"
+    if png:
+        print(draw.picture(found, title, png, query))
+    else:
+        print(entry.title, title, *(f"\n{look.title}\n{look.text}" for look in found), sep="\n")
+
+
+def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seconds: float) -> None:
+    gate = describe(block).kind == "gate"
+    make, shape, grid = (create_layer, (1, dim, *size), []) if gate else (create_block, (1, size.size, dim), [size])
+    made = {block: created(make, block, dim, options, device=device)}
+    causal = [("causal", True)] if not gate and made[block].causal else []
+    made.setdefault("dense", created(make, "dense", dim, causal, device=device))
+    costs = cost.measure(made, torch.randn(shape, device=device), *grid, seconds=seconds)
+    rows = [
+        (n, f"{c.flops / 1e9:.3g}", f"{c.parameters:,}", f"{c.mebibytes:.1f}", f"{c.ms:.2f}") for n, c in costs.items()
+    ]
+    ratios = [f"{own / dense:.3g}" for own, dense in zip(costs[block], costs["dense"])]
+    print(f"{'layers on a map' if gate else 'whole blocks'}, {setting(size, dim, device)}")
+    columns([("", "GFLOP", "parameters", "MiB", "ms"), *rows, ("/ dense", *ratios)])
+    print("GFLOP: forward; MiB and ms: forward + backward, the most held at once and the fastest")
+
+
+def show_recommended(size: Grid, dim: int, device: str, causal: bool, blocks: str, seconds: float) -> None:
+    found = recommend(*size, dim, device, causal, blocks=blocks, seconds=seconds)
+    print(f"{causal * 'causal '}mixers, whole blocks, forward + backward, {setting(size, dim, device)}")
+    rows = [
+        (name, *(f"{n:.2f}" for n in (ms, time)), f"{mib:.1f}", f"{held:.2f}") for name, ms, time, mib, held in found
+    ]
+    columns([("", "ms", "/ dense", "MiB", "/ dense"), *rows])
+    print("as measured now; gates are left out: they do not take the place of attention")
 
 
 def table() -> str:
@@ -31,19 +86,124 @@ def renew(page: Path) -> None:
     page.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: new, text, flags=re.DOTALL), encoding="utf-8")
 
 
+def columns(rows: list[tuple[str, ...]], texts: int = 1) -> None:
+    """Prints rows aligned: the first ``texts`` columns to the left, the others, which are numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [f"{cell:{'<' if i < texts else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+
+
+def setting(grid: Grid, dim: int, device: str) -> str:
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device == "cpu" else ""
+    return f"{grid.height}×{grid.width} positions, {dim} channels, {device}{threads}"
+
+
+def created(make, block: str, dim: int, options: list[tuple], **more):
+    """A block or layer; ValueError for an option it does not have."""
+    try:
+        return make(block, dim, **dict(options), **more)
+    except TypeError as error:
+        raise ValueError(f"--set: {error}") from error
+
+
+# What is typed, and what it must be
+
+
+def size(text: str) -> Grid:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be HEIGHTxWIDTH, both ≥ 1, as in 12x16")
+    return Grid(*map(int, text.split("x")))
+
+
+def query(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+,\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be Y,X, both counted from 0, as in 5,7")
+    return tuple(map(int, text.split(",")))
+
+
+def option(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE, as in causal=true")
+    try:
+        return name, ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+    except (ValueError, SyntaxError):  # a name, such as mode=sum
+        return name, value
+
+
+def device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: {str(error).splitlines()[0]}") from error
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse(argv: list[str] | None) -> dict:
+    """Arguments of a command, and ``call``, the function that takes them."""
+    parser = Parser(prog="python -m vision_attn", description="The blocks of the zoo.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, call, help):
+        made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        made.set_defaults(call=call)
+        return made
+
+    def sized(made, height_width, dim):
+        made.add_argument("--size", type=size, default=Grid(*height_width), metavar="HEIGHTxWIDTH")
+        made.add_argument("--dim", type=int, default=dim, help=f"channels (default: {dim})")
+
+    def optional(made):
+        made.add_argument("block")
+        help = "an option of the block, as in causal=true; may be repeated"
+        made.add_argument(
+            "--set", dest="options", type=option, action="append", default=[], metavar="NAME=VALUE", help=help
+        )
+
+    def timed(made, seconds):
+        made.add_argument("--device", type=device, default="cpu")
+        made.add_argument("--seconds", type=float, default=seconds, help=f"for repeats (default: {seconds:g})")
+
+    made = command("list", show_list, "names, kinds, costs and papers")
+    made.add_argument("blocks", nargs="?", default="*", help="wildcard")
+    made = command("show", show_looks, "what a pixel looks at; of a gate, its weight of every position")
+    optional(made)
+    sized(made, (12, 16), 64)
+    made.add_argument("--query", type=query, metavar="Y,X", help="the pixel (default: the middle)")
+    made.add_argument("--png", type=Path, metavar="FILE", help="draw a picture instead")
+    made.add_argument("--seed", type=int, default=0, help="of weights and image, where they matter")
+    made = command("cost", show_cost, "operations, parameters, memory and time beside dense attention")
+    optional(made)
+    sized(made, (64, 64), 256)
+    timed(made, 1.0)
+    made = command("recommend", show_recommended, "time and memory of all mixers beside dense attention")
+    made.add_argument("--blocks", default="*", help="wildcard of those to compare")
+    made.add_argument("--causal", action="store_true", help="in raster order")
+    sized(made, (64, 64), 256)
+    timed(made, 10.0)
+    made = command("readme", renew, "renew the table of blocks in a Markdown page")
+    made.add_argument("page", type=Path)
+    return vars(parser.parse_args(argv))
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vision_attn", description="The blocks of the zoo.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names, papers and costs")
-    commands.add_parser("readme", help="renew the table of blocks in a Markdown page").add_argument("page", type=Path)
-    arguments = parser.parse_args(argv)
-    if arguments.command == "readme":
-        renew(arguments.page)
-        return 0
-    width = max(map(len, list_blocks()))
-    for name in list_blocks():
-        entry = describe(name)
-        print(f"{name:{width}}  {entry.kind:5}  {entry.cost:24}  {entry.source}, {entry.url}")
+    try:
+        arguments = parse(argv)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            arguments.pop("call")(**arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for warning in told:
+        print(f"note: {warning.message}", file=sys.stderr)
     return 0
 
 

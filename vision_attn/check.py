@@ -59,3 +59,16 @@ def odd_pair(name: str, value) -> tuple[int, int]:
     if both[0] % 2 == 0 or both[1] % 2 == 0:
         raise ValueError(f"{name}={value!r}: must be odd, or a (height, width) pair of odd integers")
     return both
+
+
+def no_attn_drop(value) -> None:
+    """Raises ValueError unless ``attn_drop`` is 0, for blocks that make no matrix to drop from."""
+    rate("attn_drop", value)
+    if value:
+        raise ValueError(f"attn_drop={value!r}: must be 0: the matrix it would drop from is never made; use proj_drop")
+
+
+def no_scale(value, why: str) -> None:
+    """Raises ValueError unless ``scale`` is None, for blocks that have no q · k to scale."""
+    if value is not None:
+        raise ValueError(f"scale={value!r}: must be None: {why}")

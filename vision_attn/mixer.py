@@ -73,6 +73,8 @@ class Mixer(nn.Module):
             check.positive("scale", scale)
         for name, value in (("qkv_bias", qkv_bias), ("qk_norm", qk_norm), ("proj_bias", proj_bias)):
             check.boolean(name, value)
+        if qk_norm and not {"q", "k"} <= set(self.projects):
+            raise ValueError(f"qk_norm={qk_norm!r}: must be False: there are no queries and keys to compare")
         check.rate("attn_drop", attn_drop)
         check.rate("proj_drop", proj_drop)
         self.dim, self.key_dim, self.num_heads = dim, key_dim, num_heads

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from .grid import Grid
-from .key_set import Columns, Everything, KeySet, Neighbours, Only, Rows, SeenByAll, SeesAll
+from .key_set import Columns, Everything, KeySet, Neighbours, Only, Rows, SeenByAll, SeesAll, Tiles
 
 
 class BlindSpot(UserWarning):
@@ -221,6 +221,19 @@ class Column(Directed):
 
     def key_sets(self):
         return (Columns(causal=self.past),)
+
+
+@dataclass(frozen=True)
+class Tile(Pattern):
+    """The tile of ``tile`` = (height, width) positions that it is in itself."""
+
+    tile: tuple[int, int]
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (qy // self.tile[0] == ky // self.tile[0]) & (qx // self.tile[1] == kx // self.tile[1])
+
+    def key_sets(self):
+        return (Tiles(self.tile),)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def attend(
     *,
     scale: float,
     dropout: float = 0.0,
-    bias: Float[Tensor, "#b groups length length"] | None = None,
+    bias: Float[Tensor, "#b #groups queries keys"] | None = None,
 ) -> Float[Tensor, "B heads tokens dv"]:
     """softmax over what ``pattern`` allows and the prefix tokens; prefix queries see all (causal: one another).
 

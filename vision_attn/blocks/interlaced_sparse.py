@@ -19,7 +19,7 @@ convolution around the module are the host's.
 -#--@--
 -------
 -#--#--
->>> print(Near(factor=(2, 3)).draw(Grid(5, 7), 2, 4))
+>>> print(Tile(tile=(2, 3)).draw(Grid(5, 7), 2, 4))
 -------
 -------
 ---#@#-
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from .. import check
 from ..key_set import Tiles
 from ..mixer import PatternMixer, Sequence
-from ..pattern import Pattern
+from ..pattern import Pattern, Tile
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,6 @@ class Apart(Pattern):
         return (Tiles(self.factor, across=True),)
 
 
-@dataclass(frozen=True)
-class Near(Pattern):
-    """Positions in the same window of ``factor`` = (height, width)."""
-
-    factor: tuple[int, int]
-
-    def allowed(self, qy, qx, ky, kx, grid):
-        return (qy // self.factor[0] == ky // self.factor[0]) & (qx // self.factor[1] == kx // self.factor[1])
-
-    def key_sets(self):
-        return (Tiles(self.factor),)
-
-
 class Block(Sequence):
     """Long range, then short range. ``factor``: window size, one integer or (height, width); the rest is `Mixer`'s."""
 
@@ -68,4 +55,4 @@ class Block(Sequence):
 
     def __init__(self, dim, num_heads=None, *, factor: int | tuple[int, int] = 8, **mixer):
         factor = check.pair("factor", factor)
-        super().__init__(*(PatternMixer(pattern, dim, num_heads, **mixer) for pattern in (Apart(factor), Near(factor))))
+        super().__init__(*(PatternMixer(pattern, dim, num_heads, **mixer) for pattern in (Apart(factor), Tile(factor))))

@@ -80,7 +80,8 @@ def large_scores_stay_finite(case):
                 inputs = [(300 * x).to(dtype).requires_grad_() for x in inputs]
                 out = fast(*inputs)
                 out.float().mean().backward()
-                assert out.isfinite().all() and all(x.grad.isfinite().all() for x in inputs)
+                assert out.isfinite().all()
+                assert all(x.grad.isfinite().all() for x in inputs if x.grad is not None)  # some make no use of q or k
 
 
 @holds_for("any")

@@ -1,0 +1,170 @@
+"""Adaptive span: each head learns how far it looks, and pays for the window that it may reach at most.
+
+Sukhbaatar et al. 2019, Adaptive Attention Span, https://arxiv.org/abs/1905.07799
+    A_ij = m(x_ij) exp(s_ij) / Σ_k m(x_ik) exp(s_ik)      s_ij = q_i · k_j d^-½
+    m(x) = min(1, max(0, (R + z - x) / R))      x_ij = max(|row(i) - row(j)|, |col(i) - col(j)|)
+Cost: 2 N (2 (S + R) - 1)² d
+Every head has a z in [0, S], the largest distance that it sees in full; beyond it m falls to 0 over R more pixels.
+S is ``span``, R is ``ramp``. log m joins the scores of a window of radius S + R, cut off at the border. The paper adds
+a penalty on the spans to the loss, λ/heads Σ z: a training script adds λ ``block.spans().mean()``.
+With ``causal=True`` the part of the window that comes before in raster order, and the pixel itself. Prefix tokens are
+at no distance: they see and are seen in full (causal: they see only one another).
+Deviations: distance in two dimensions (the paper: on a line, into the past). As in the authors' code the parameter is
+z / S; theirs is set back into [0, 1] after every optimizer step (``block.reach.data.clamp_(0, 1)``), here it is clamped
+where it is used, and keeps its gradient beyond, so that no span is stuck. Their window ends at S, ramp or not, and
+their divisor has 1e-8 more. The position embeddings of its keys are left out.
+
+>>> from vision_attn import Grid
+>>> print(Block(32, span=4, init=0.25, ramp=1.5).pattern.draw(Grid(5, 7), 3, 2))
+-------
+#####--
+#####--
+##@##--
+#####--
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .. import check
+from ..cache import Store
+from ..grid import Grid
+from ..mixer import Mixer, warn_of_blind_spot
+from ..pattern import Past, Window
+from ..union import attend
+
+
+class Block(Mixer):
+    """Attention of an adaptive span.
+
+    Args:
+        span: largest z in pixels, S.
+        ramp: pixels over which the mask falls from 1 to 0, R.
+        init: share of ``span`` that every head's z is at first.
+        causal: only what comes before in raster order, and itself.
+        Others: those of `Mixer`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        span: int = 7,
+        ramp: float = 2.0,
+        init: float = 0.5,
+        causal: bool = False,
+        device=None,
+        dtype=None,
+        **mixer,
+    ):
+        check.positive_int("span", span)
+        check.positive("ramp", ramp)
+        check.finite("init", init)
+        if not 0 <= init <= 1:
+            raise ValueError(f"init={init!r}: must be a share of span, in [0, 1]")
+        check.boolean("causal", causal)
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
+        self.span, self.ramp, self.init, self.causal = span, ramp, init, causal
+        self.window = self.window_of(span)
+        self.reach = nn.Parameter(torch.empty(self.num_heads, device=device, dtype=dtype))  # z / S
+        self.reset_parameters()
+        warn_of_blind_spot(self)
+
+    def reset_parameters(self) -> None:
+        """Sets all spans to ``init`` · ``span``."""
+        nn.init.constant_(self.reach, self.init)
+
+    def spans(self) -> Float[Tensor, "heads"]:
+        """z of each head, in pixels: what the paper's penalty is on."""
+        reach = self.reach.to(torch.promote_types(self.reach.dtype, torch.float32))
+        return self.span * (reach + (reach.clamp(0, 1) - reach).detach())
+
+    @property
+    def pattern(self) -> Window:
+        """What the heads together see now; what they may learn to see on the meta device."""
+        return self.window if self.reach.is_meta else self.window_of(self.spans().max().item())
+
+    def window_of(self, z: float) -> Window:
+        """All that is less than z + R away."""
+        radius = math.ceil(z + self.ramp) - 1
+        return Window((radius, radius), past=self.causal)
+
+    def soft_mask(self, distance):
+        """m of each head at some distances, (heads, …)."""
+        z = self.spans().reshape(-1, *(1 for _ in distance.shape))
+        return ((self.ramp + z - distance) / self.ramp).clamp(0, 1)
+
+    def bias(self, distance):
+        """log m; where m is 0, the smallest finite number, without a gradient."""
+        m = self.soft_mask(distance)
+        return m.masked_fill(m == 0, 1).log().masked_fill(m == 0, torch.finfo(m.dtype).min)
+
+    def mix(self, q, k, v, grid):
+        (keys,) = self.window.key_sets()
+        (radius, _), tile = keys.radius, torch.arange(keys.tile, device=q.device)
+        around = torch.arange(-radius, keys.tile + radius, device=q.device)
+        above = around[: radius + keys.tile] if self.causal else around
+        down, right = (above - tile[:, None]).abs(), (around - tile[:, None]).abs()
+        distance = torch.maximum(down[:, None, :, None], right[None, :, None, :]).flatten(2).flatten(0, 1)
+        bias = self.bias(distance).to(v.dtype)[:, None].repeat(q.shape[0], 1, 1, 1)  # (B · heads, 1, queries, keys)
+        return attend(q, k, v, grid, self.window, scale=self.scale, dropout=self.dropout, bias=bias)
+
+    def weights(self, q, k, grid):
+        prefix, z = grid.prefix_of(q.shape[2]), self.spans().to(q.dtype)
+        place = torch.arange(grid.size, device=q.device)
+        down, right = (c[None, :] - c[:, None] for c in (place // grid.width, place % grid.width))
+        x = torch.where(down.abs() > right.abs(), down.abs(), right.abs())
+        m = torch.stack([((self.ramp + z_of_head - x) / self.ramp).clamp(min=0, max=1) for z_of_head in z])
+        m = F.pad(m, (prefix, 0, prefix, 0), value=1.0)
+        if self.causal:
+            m = m * Past().mask(grid, prefix, q.device)
+        scores = (self.scale * q @ k.mT).masked_fill(m == 0, -torch.inf)
+        masked = m * (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        return masked / masked.sum(dim=-1, keepdim=True)
+
+    def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
+        if full or not self.causal:
+            return super().new_cache(batch, grid, device=device, dtype=dtype)
+        weight, dims = self.qkv.weight, (self.key_dim // self.num_heads, self.dim // self.num_heads)
+        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        (keys,) = self.window.key_sets()
+        return Near(self, Store(keys, Grid.of(grid), batch, self.num_heads, dims=dims, **factory))
+
+
+class Near:
+    """The rows of the past that a block may look at again.
+
+    Args:
+        block: gives mask and scale.
+        store: of its largest window.
+    """
+
+    def __init__(self, block: Block, store: Store):
+        self.block, self.store = block, store
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept, in bytes."""
+        return sum(past.nbytes for past in self.store.past)
+
+    def step(self, q, k, v, place: int):
+        """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
+        y, x = divmod(place, self.store.grid.width)
+        self.store.put(y, x, [k, v])
+        keys, values = (torch.cat(some, dim=2) for some in zip(*self.store.read(y, x)))
+        down, right = ((torch.arange(n, device=q.device) - here).abs() for n, here in zip(self.store.grid, (y, x)))
+        distance = torch.maximum(down[:, None], right)
+        seen = self.store.keys.seen_from(y, x, self.store.grid)
+        bias = self.block.bias(torch.cat([distance[rows, columns].flatten() for rows, columns in seen]))
+        out = F.scaled_dot_product_attention(
+            q[:, :, None], keys, values, attn_mask=bias.to(q.dtype)[None, :, None], scale=self.block.scale
+        )
+        return out[:, :, 0]

@@ -1,0 +1,148 @@
+"""Gaussian prior: dense attention that expects what matters to be near, by a bell around each pixel that heads learn.
+
+Yang et al. 2018, Localness; Guo et al. 2019, Gaussian Transformer, https://arxiv.org/abs/1810.10182
+    A_i = softmax over all j of q_i · k_j d^-½ + B_ij
+    B_ij = -(r_j - r_i - a_r)² / 2 σ_r² - (c_j - c_i - a_c)² / 2 σ_c²      r: row, c: column
+Cost: 2 N² (d + 4 heads)
+Every head learns its widths σ and its centre a, in pixels, by axis: log σ starts at log ``width``, a at 0. The square
+is one of products of what a query knows by what a key knows, so that B is made by four more channels of q and k and no
+matrix: (u_r / σ_r², u_c / σ_c², 1, t_i) · (r_j, c_j, s_j, 1) for u = r + a, with the squares alone in t and s. They
+are large where they cancel: coordinates are centred, and everything is computed in at least float32.
+Prefix tokens have no place: B = 0 between them and all others.
+With ``causal=True`` a position looks at itself and at what comes before it in raster order; prefix tokens come first
+of all and see only one another.
+Deviations: two axes (the papers: a line of text). Yang et al. predict centre and width from the query, whole layer or
+keys; Guo et al. learn a scale and an offset of the squared distance. Here both are parameters of a head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import check
+from ..cache import PatternCache
+from ..grid import Grid
+from ..mixer import Mixer
+from ..pattern import Past
+
+
+def attend(q, k, v, prefix, causal, dropout):
+    """Softmax attention to all or to the past, of scale 1, by the flash kernel, which wants values as wide as keys."""
+    width = max(q.shape[-1], v.shape[-1])
+    padded = [F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*padded, dropout_p=dropout, is_causal=causal, scale=1.0)
+    if causal and prefix:  # they come first: positions are right, and they themselves see one another
+        first = F.scaled_dot_product_attention(*(t[:, :, :prefix] for t in padded), dropout_p=dropout, scale=1.0)
+        out = torch.cat([first, out[:, :, prefix:]], dim=2)
+    return out[..., : v.shape[-1]]
+
+
+class Block(Mixer):
+    """Dense attention with a Gaussian prior.
+
+    Args:
+        width: σ in pixels, at first, of every head and both axes.
+        causal: only what comes before in raster order, and itself.
+        Others: those of `Mixer`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self, dim, num_heads=None, *, width: float = 5.0, causal: bool = False, device=None, dtype=None, **mixer
+    ):
+        check.positive("width", width)
+        check.boolean("causal", causal)
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
+        self.width, self.causal = width, causal
+        per_head = (torch.empty(self.num_heads, device=device, dtype=dtype) for _ in range(4))
+        self.log_sigma_r, self.log_sigma_c, self.a_r, self.a_c = map(nn.Parameter, per_head)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the widths to ``width``, and the centres to the pixel itself."""
+        for log_sigma, a in ((self.log_sigma_r, self.a_r), (self.log_sigma_c, self.a_c)):
+            nn.init.constant_(log_sigma, math.log(self.width))
+            nn.init.zeros_(a)
+
+    def mix(self, q, k, v, grid):
+        if v.is_meta:  # which torch.autocast does not know
+            return self.wide_mix(q, k, v, grid)
+        with torch.autocast(v.device.type, enabled=False):
+            return self.wide_mix(q, k, v, grid)
+
+    def wide_mix(self, q, k, v, grid):
+        prefix, wide = grid.prefix_of(q.shape[2]), torch.promote_types(v.dtype, torch.float32)
+        of_q, of_k = (F.pad(t, (0, 0, prefix, 0)).expand(q.shape[0], -1, -1, -1) for t in self.channels(grid, wide))
+        q, k = torch.cat([self.scale * q.to(wide), of_q], dim=-1), torch.cat([k.to(wide), of_k], dim=-1)
+        return attend(q, k, v.to(wide), prefix, self.causal, self.dropout).to(v.dtype)
+
+    def channels(self, grid, dtype):
+        """What queries and keys get besides, each (heads, N, 4); their product is B."""
+        of_q, of_k = [], []
+        squares_q = squares_k = 0.0
+        places = torch.meshgrid(
+            *(torch.arange(n, device=self.a_r.device, dtype=dtype) - (n - 1) / 2 for n in grid), indexing="ij"
+        )
+        for place, log_sigma, a in zip(places, (self.log_sigma_r, self.log_sigma_c), (self.a_r, self.a_c)):
+            narrow = (-2 * log_sigma.to(dtype)).exp()[:, None]  # 1 / σ²
+            key = place.flatten().expand(len(narrow), -1)
+            query = key + a.to(dtype)[:, None]
+            of_q.append(query * narrow)
+            of_k.append(key)
+            squares_q = squares_q - query.square() * narrow / 2
+            squares_k = squares_k - key.square() * narrow / 2
+        ones = torch.ones_like(squares_k)
+        return torch.stack([*of_q, ones, squares_q], dim=-1), torch.stack([*of_k, squares_k, ones], dim=-1)
+
+    def weights(self, q, k, grid):
+        prefix = grid.prefix_of(q.shape[2])
+        place = torch.arange(grid.size, device=q.device)
+        row, column = place // grid.width, place % grid.width
+        down, right = row[None, :] - row[:, None], column[None, :] - column[:, None]  # from the query to the key
+        scores = self.scale * torch.einsum("bnid,bnjd->bnij", q, k)
+        for head in range(self.num_heads):
+            of_row = (down - self.a_r[head]) ** 2 / (2 * self.log_sigma_r[head].exp() ** 2)
+            of_column = (right - self.a_c[head]) ** 2 / (2 * self.log_sigma_c[head].exp() ** 2)
+            scores[:, head, prefix:, prefix:] -= of_row + of_column
+        if self.causal:
+            scores = scores.masked_fill(~Past().mask(grid, prefix, q.device), -torch.inf)
+        return scores.softmax(dim=-1)
+
+    def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
+        if not self.causal:
+            return super().new_cache(batch, grid)
+        grid, weight = Grid.of(grid), self.qkv.weight
+        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
+        dims = (self.key_dim // self.num_heads + 4, self.dim // self.num_heads)
+        factory = dict(device=device or weight.device, dtype=wide)
+        past = PatternCache(Past(), batch, self.num_heads, grid, dims, 1.0, full, **factory)
+        return Nearby(past, self.scale, *self.channels(grid, wide))
+
+
+class Nearby:
+    """A cache of keys that have the prior's channels, which queries get at every step.
+
+    Args:
+        past: the cache, for scores of scale 1.
+        scale: factor on q · k.
+        of_q, of_k: the channels of all positions.
+    """
+
+    def __init__(self, past: PatternCache, scale: float, of_q, of_k):
+        self.past, self.scale, self.of_q, self.of_k = past, scale, of_q, of_k
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept, in bytes."""
+        return self.past.nbytes
+
+    def step(self, q, k, v, place: int):
+        """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
+        of_q, of_k = (t[:, place].expand(len(q), -1, -1) for t in (self.of_q, self.of_k))
+        with torch.autocast(v.device.type, enabled=False):
+            q, k = torch.cat([self.scale * q.to(of_q.dtype), of_q], dim=-1), torch.cat([k.to(of_k.dtype), of_k], dim=-1)
+            return self.past.step(q, k, v.to(of_q.dtype), place).to(v.dtype)

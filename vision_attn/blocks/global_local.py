@@ -1,0 +1,175 @@
+"""Global-local attention: each window has a global token; pixels look at what is near and at all global tokens.
+
+Ainslie et al. 2020, ETC, https://arxiv.org/abs/2004.08483
+    G_w = softmax over global tokens w' and tokens j of (γ_w U₁ γ_w' + a_{w'-w}, γ_w U₂ k_j + b_{w(j)-w}) d^-½
+    A_u = softmax over pixels v near u and global tokens w of (q_u k_v + c_{v-u}, q_u U₃ (G k)_w + e_{w-w(u)}) d^-½
+Cost: 2 N (k² + 2 G) d
+The four pieces are the paper's: global to global, global to local, local to global, and local to local within a
+window of k × k pixels around each. Each has a bilinear form of its own (U; the identity for local to local) and learned
+labels for the relative position, here in two dimensions: of pixels, or of windows. A block has no global tokens of
+its own to keep, so they are made anew: the image is cut into G = ``windows`` parts, whatever its size, and token w
+starts as the mean γ of its window's queries, keys and values, then reads, and is read.
+Deviations: those; values have one projection for all pieces, and U acts within a head, so that the output stays
+weights @ v. Prefix tokens look at all tokens and all look at them, without labels. ETC's pretraining is not here.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .. import check
+from ..key_set import Neighbours
+from ..mixer import Mixer
+
+
+class Block(Mixer):
+    """Global-local attention.
+
+    Args:
+        windows: number of windows with a global token, an integer or (down, right).
+        kernel_size: pixels that a pixel sees around it, one odd integer or (height, width).
+        Others: those of `Mixer`, but ``attn_drop``: what global tokens have read is no weight to drop.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    not_causal = "the global tokens read the whole image"
+
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        windows: int | tuple[int, int] = 4,
+        kernel_size: int | tuple[int, int] = 7,
+        attn_drop: float = 0.0,
+        device=None,
+        dtype=None,
+        **mixer,
+    ):
+        windows = check.pair("windows", windows)
+        radius = tuple(size // 2 for size in check.odd_pair("kernel_size", kernel_size))
+        check.no_attn_drop(attn_drop)
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
+        dd, heads, d = dict(device=device, dtype=dtype), self.num_heads, self.key_dim // self.num_heads
+        self.windows, self.near = windows, Neighbours(radius)
+        self.forms = nn.Parameter(torch.empty(3, heads, d, d, **dd))  # global to global, to local, local to global
+        self.of_windows = nn.Parameter(torch.empty(3, heads, *(2 * n - 1 for n in windows), **dd))
+        self.of_pixels = nn.Parameter(torch.empty(heads, *(2 * r + 1 for r in radius), **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forms: the identity. Labels: N(0, 0.02²)."""
+        with torch.no_grad():
+            self.forms.copy_(torch.eye(self.forms.shape[-1]))
+        nn.init.normal_(self.of_windows, std=0.02)
+        nn.init.normal_(self.of_pixels, std=0.02)
+
+    def mix(self, q, k, v, grid):
+        prefix, dtype = grid.prefix_of(q.shape[2]), v.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        q, k, v = (t.to(wide) for t in (q, k, v))
+        forms, of_windows = self.forms.to(wide), self.of_windows.to(wide)
+        owner, size = self.owners(grid, q.device)
+        share = F.one_hot(owner, size.shape[0]).to(wide).mT / size.clamp(min=1)[:, None]  # (G, N)
+        known = torch.cat([k, v], dim=-1)
+        # global tokens read
+        means_q, means = share @ q[:, :, prefix:], share @ known[:, :, prefix:]
+        labels = [of[:, *self.offsets(q.device)] for of in of_windows]  # (heads, G, G), from row to column
+        empty = torch.zeros_like(size, dtype=wide).masked_fill(size == 0, torch.finfo(wide).min)
+        to_global = means_q @ forms[0] @ means[..., : k.shape[-1]].mT + labels[0]
+        to_local = means_q @ forms[1] @ k.mT + F.pad(labels[1].index_select(2, owner), (prefix, 0))
+        scores = torch.cat([to_global * self.scale + empty, to_local * self.scale], dim=-1)
+        to_global, to_local = scores.softmax(dim=-1).split([len(size), q.shape[2]], dim=-1)
+        read = to_global @ means + to_local @ known
+        read_k, read_v = read.split([k.shape[-1], v.shape[-1]], dim=-1)
+        # pixels look
+        pixels = q[:, :, prefix:]
+        to_global = pixels @ forms[2] @ read_k.mT + labels[2].index_select(1, owner)
+        scores = [to_global * self.scale + empty, self.scale * (pixels @ k[:, :, :prefix].mT)]
+        scores.append(self.near_scores(pixels, k[:, :, prefix:], grid))
+        sizes = [score.shape[-1] for score in scores]
+        to_global, to_prefix, to_near = torch.cat(scores, dim=-1).softmax(dim=-1).split(sizes, dim=-1)
+        out = to_global @ read_v + to_prefix @ v[:, :, :prefix] + self.near_values(to_near, v[:, :, prefix:], grid)
+        first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=self.scale)
+        return torch.cat([first, out], dim=2).to(dtype)
+
+    def owners(self, grid, device):
+        """The window of each pixel (N,), and the number of pixels of each window (G,)."""
+        (down, right), (height, width) = self.windows, grid
+        y, x = torch.arange(height, device=device) * down // height, torch.arange(width, device=device) * right // width
+        rows, columns = (
+            (torch.arange(n, device=device)[:, None] == at).sum(dim=1) for n, at in ((down, y), (right, x))
+        )
+        return (y[:, None] * right + x).flatten(), (rows[:, None] * columns).flatten()
+
+    def offsets(self, device):
+        """Where in a table of labels the offset from window to window is, (G, G) down and right."""
+        (down, right), window = self.windows, torch.arange(self.windows[0] * self.windows[1], device=device)
+        y, x = window // right, window % right
+        return y[None] - y[:, None] + down - 1, x[None] - x[:, None] + right - 1
+
+    def near_scores(self, q, k, grid):
+        """Scores of the pixels near each, in the order of its tile's keys, (B, heads, N, keys)."""
+        maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height) for t in (q, k)]
+        queries, keys = self.near.queries(maps[0]), self.near.keys(maps[1])
+        scores = (queries @ keys.mT).unflatten(0, q.shape[:2]) + self.pixel_labels(q)[:, None]
+        seen = self.near.mask(grid, q.device)
+        scores = (scores * self.scale).masked_fill(~seen, torch.finfo(q.dtype).min)
+        return self.near.place(scores.flatten(0, 1), grid).flatten(1, 2).unflatten(0, q.shape[:2])
+
+    def pixel_labels(self, q):
+        """Labels of each query of a tile and each key of the tile and its rim, (heads, queries, keys)."""
+        at, tile = [], self.near.tile
+        for radius in self.near.radius:
+            offset = (
+                torch.arange(-radius, tile + radius, device=q.device) - torch.arange(tile, device=q.device)[:, None]
+            )
+            at.append(offset.clamp(-radius, radius) + radius)  # what is farther is masked
+        table = self.of_pixels.to(q.dtype)[:, at[0][:, None, :, None], at[1][None, :, None, :]]
+        return table.flatten(3).flatten(1, 2)
+
+    def near_values(self, weights, v, grid):
+        maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height) for t in (weights, v)]
+        out = self.near.queries(maps[0]) @ self.near.keys(maps[1])
+        return self.near.place(out, grid).flatten(1, 2).unflatten(0, v.shape[:2])
+
+    def weights(self, q, k, grid):
+        prefix, (height, width), (down, right) = grid.prefix_of(q.shape[2]), grid, self.windows
+        y, x = (c.flatten() for c in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+        window = torch.div(y * down, height, rounding_mode="floor") * right + torch.div(
+            x * right, width, rounding_mode="floor"
+        )
+        used = window.unique()  # windows with pixels; smaller images have fewer
+        member = (used[:, None] == window).to(q)
+        share = torch.cat([member.new_zeros(len(used), prefix), member / member.sum(dim=1, keepdim=True)], dim=1)
+
+        def label(number, of, to):
+            rows, columns = to // right - of[:, None] // right, to % right - of[:, None] % right
+            return self.of_windows[number].to(q.dtype)[:, rows + down - 1, columns + right - 1]
+
+        form = self.forms.to(q.dtype)
+        asks = share @ q
+        among = torch.einsum("bnid,nde,bnje->bnij", asks, form[0], share @ k) + label(0, used, used)
+        below = torch.einsum("bnid,nde,bnje->bnij", asks, form[1], k)
+        below = below + F.pad(label(1, used, window), (prefix, 0))
+        reads = (torch.cat([among, below], dim=-1) * self.scale).softmax(dim=-1)
+        reads = reads[..., : len(used)] @ share + reads[..., len(used) :]  # (B, heads, windows, tokens)
+
+        pixels, (radius_y, radius_x) = q[:, :, prefix:], self.near.radius
+        above = torch.einsum("bnid,nde,bnje->bnij", pixels, form[2], reads @ k) + label(2, window, used)
+        dy, dx = y - y[:, None], x - x[:, None]
+        near = (dy.abs() <= radius_y) & (dx.abs() <= radius_x)
+        labels = self.of_pixels.to(q.dtype)[
+            :, dy.clamp(-radius_y, radius_y) + radius_y, dx.clamp(-radius_x, radius_x) + radius_x
+        ]
+        beside = torch.einsum("bnid,bnjd->bnij", pixels, k[:, :, prefix:]) + labels
+        scores = [above, pixels @ k[:, :, :prefix].mT, beside.masked_fill(~near.to(q.device), -torch.inf)]
+        weights = (torch.cat(scores, dim=-1) * self.scale).softmax(dim=-1)
+        rest = weights[..., : len(used)] @ reads + torch.cat(
+            [weights[..., len(used) : len(used) + prefix], weights[..., len(used) + prefix :]], dim=-1
+        )
+        first = (q[:, :, :prefix] @ k.mT * self.scale).softmax(dim=-1)
+        return torch.cat([first, rest], dim=2)

@@ -1,0 +1,152 @@
+"""Hand-crafted attention: each head takes one fixed thing, a pixel beside, the mean of the row, the mean of the column.
+
+Yang et al. 2020, Understanding Self-Attention of Self-Supervised Audio Transformers, https://arxiv.org/abs/2006.03265
+    A_u = 1 / |S_h(u)| on S_h(u), by head: {u + one step}, the row of u, the column of u, the row above
+Cost: N d
+There are no queries and keys: what is looked at does not depend on the image. ``patterns`` names what equal shares of
+the heads have, in order; by default as many heads as there are take the row, the column and a step to each side. A
+step stops at the border. With ``causal=True`` rows and columns end at the pixel itself, and the row above joins them:
+without it, what is right of a pixel in the rows above is never heard.
+Prefix tokens look at all tokens alike, and positions do not look at them.
+The source crafts attention for a line of audio frames by hand (fixed diagonals, blocks and verticals); these are
+their counterparts on a grid.
+Deviations: see above; the source's other baselines without q · k are a block of their own, `synthesizer`.
+
+>>> from vision_attn import Grid
+>>> for pattern in Block(96, num_heads=3, patterns=("left", "row", "previous_row"), causal=True).pattern.by_head():
+...     print(pattern.draw(Grid(3, 5), 1, 3), end="\\n\\n")
+-----
+--#o-
+-----
+<BLANKLINE>
+-----
+###@-
+-----
+<BLANKLINE>
+#####
+---o-
+-----
+<BLANKLINE>
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+
+from .. import check
+from ..mixer import Mixer, warn_of_blind_spot
+from ..pattern import Column, Directed, PerHead, Row
+
+STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+
+
+@dataclass(frozen=True)
+class Step(Directed):
+    """The pixel ``step`` = (down, right) away, or the last one before the border."""
+
+    step: tuple[int, int]
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        places = zip((qy, qx), (ky, kx), self.step, grid)
+        down, right = ((k == q + s) | ((k == q) & ((q + s < 0) | (q + s >= n))) for q, k, s, n in places)
+        return down & right
+
+
+@dataclass(frozen=True)
+class RowAbove(Directed):
+    """The whole row above; in the first row the position itself."""
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (ky == qy - 1) | ((qy == 0) & (ky == qy) & (kx == qx))
+
+
+def step(v, down, right):
+    """Each pixel of the map (B, heads, H, W, d) from one step away, the border's own where there is none."""
+    for axis, by in ((2, down), (3, right)):
+        if by:
+            size = v.shape[axis]
+            rest, edge = v.narrow(axis, max(by, 0), size - 1), v.narrow(axis, size - 1 if by > 0 else 0, 1)
+            v = torch.cat([rest, edge] if by > 0 else [edge, rest], dim=axis)
+    return v
+
+
+def mean(v, axis, past):
+    """Mean of each line along an axis of the map, ``past``: up to each pixel, summed in at least float32."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    if not past:
+        return v.mean(dim=axis, keepdim=True, dtype=wide).to(v.dtype).expand(v.shape)
+    count = torch.arange(1, v.shape[axis] + 1, device=v.device).view([-1] + [1] * (4 - axis))
+    return (v.cumsum(dim=axis, dtype=wide) / count).to(v.dtype)
+
+
+def row_above(v):
+    return torch.cat([v[:, :, :1], mean(v, 3, past=False).narrow(2, 0, v.shape[2] - 1)], dim=2)
+
+
+class Block(Mixer):
+    """Hand-crafted attention.
+
+    Args:
+        patterns: of equal shares of the heads: "row", "column", "left", "right", "up", "down", "previous_row". None: the
+            first of these, as many as there are heads; causal: of "row", "column", "previous_row", "left", "up".
+        causal: only what comes before in raster order, and itself.
+        Others: those of `Mixer`, but ``scale``, ``qk_norm`` and ``attn_drop``, which it has no use for.
+
+    Raises:
+        ValueError: fewer heads than patterns, a causal pattern that looks ahead, or an argument out of range.
+    """
+
+    projects = "v"
+
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        patterns: tuple[Literal["row", "column", "left", "right", "up", "down", "previous_row"], ...] | None = None,
+        causal: bool = False,
+        attn_drop: float = 0.0,
+        scale: float | None = None,
+        **mixer,
+    ):
+        check.boolean("causal", causal)
+        check.no_attn_drop(attn_drop)
+        check.no_scale(scale, "there is no q · k to scale")
+        super().__init__(dim, num_heads, **mixer)
+        rules = {"row": Row(past=causal), "column": Column(past=causal), "previous_row": RowAbove(past=causal)}
+        rules |= {name: Step(by, past=causal) for name, by in STEPS.items()}
+        if patterns is None:
+            names = ("row", "column", "previous_row", "left", "up") if causal else ("row", "column", *STEPS)
+            patterns = names[: self.num_heads]
+        if not isinstance(patterns, (tuple, list)) or not patterns or not all(name in list(rules) for name in patterns):
+            raise ValueError(f"patterns={patterns!r}: must be a list of {', '.join(map(repr, rules))}")
+        if len(patterns) > self.num_heads:
+            raise ValueError(f"patterns={patterns!r}: must be at most num_heads={self.num_heads}")
+        if causal and (ahead := {"right", "down"} & set(patterns)):
+            raise ValueError(f"patterns={patterns!r}: with causal=True must be without {', '.join(sorted(ahead))}")
+        self.names, self.causal = tuple(patterns), causal
+        self.pattern = PerHead(tuple(rules[name] for name in patterns))
+        warn_of_blind_spot(self)
+
+    def mix(self, q, k, v, grid):
+        prefix = grid.prefix_of(v.shape[2])
+        first, image = v.split([prefix, grid.size], dim=2)
+        image = rearrange(image, "B n (H W) d -> B n H W d", H=grid.height)
+        take = {name: lambda v, by=by: step(v, *by) for name, by in STEPS.items()} | {
+            "row": lambda v: mean(v, 3, self.causal),
+            "column": lambda v: mean(v, 2, self.causal),
+            "previous_row": row_above,
+        }
+        shares = image.split(self.pattern.shares(v.shape[1]), dim=1)
+        out = torch.cat([take[name](share) for name, share in zip(self.names, shares)], dim=1)
+        seen = first if self.causal else v
+        return torch.cat([seen.mean(dim=2, keepdim=True).expand(first.shape), out.flatten(2, 3)], dim=2)
+
+    def weights(self, q, k, grid):
+        prefix = grid.prefix_of(q.shape[2])
+        seen = self.pattern.head_masks(q.shape[1], grid, prefix, q.device)
+        seen[:, prefix:, :prefix] = False
+        weights = seen.to(q.dtype) / seen.sum(dim=-1, keepdim=True)
+        return weights.expand(q.shape[0], -1, -1, -1)

@@ -1,0 +1,129 @@
+"""Linformer: keys and values are projected down to a few, whatever the number of pixels.
+
+Wang et al. 2020, Linformer, https://arxiv.org/abs/2006.04768
+    y = softmax(q (E k)ᵀ d^-½) (F v)    E, F: k × N
+Cost: 2 N k d
+The paper's E and F belong to one length of text. In two dimensions they are products of a matrix for the rows and one
+for the columns, k = k_H k_W, learned for ``length`` pixels an axis and resized to any other so that their sums stay;
+so one grid's weights serve every grid. ``sharing`` is the paper's: "none", "headwise" (one E and one F for all heads)
+or "key_value" (also E = F; sharing over layers is the host's). ``projection="mean"`` is its pooling variant: means
+over k_H × k_W equal parts of the image, with nothing to learn.
+Prefix tokens are not projected: they stand beside the projected keys.
+Deviations: the factoring over axes. Rows of ``weights``, softmax times F, do not sum to 1, as in the paper.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .. import check
+from ..mixer import Mixer
+from ..resize import stretch
+
+
+class Block(Mixer):
+    """Linformer.
+
+    Args:
+        rank: projected keys, an integer or (height, width); their product is the paper's k.
+        length: axis length that E and F are learned for, an integer or (height, width).
+        sharing: "none", "headwise" or "key_value".
+        projection: "learned" or "mean".
+        Others: those of `Mixer`, but ``attn_drop``: weights are dropped before F spreads them.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    averages = False
+    not_causal = "each projected key is a mixture of all pixels, so no mask over them hides the future"
+
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        rank: int | tuple[int, int] = 8,
+        length: int | tuple[int, int] = 16,
+        sharing: Literal["none", "headwise", "key_value"] = "headwise",
+        projection: Literal["learned", "mean"] = "learned",
+        attn_drop: float = 0.0,
+        device=None,
+        dtype=None,
+        **mixer,
+    ):
+        self_rank, self_length = check.pair("rank", rank), check.pair("length", length)
+        check.one_of("sharing", sharing, ("none", "headwise", "key_value"))
+        check.one_of("projection", projection, ("learned", "mean"))
+        check.no_attn_drop(attn_drop)
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
+        self.rank, self.length = self_rank, self_length
+        self.rows = self.columns = None
+        if projection == "learned":
+            sets, heads = 1 if sharing == "key_value" else 2, self.num_heads if sharing == "none" else 1
+            shapes = [(sets, heads, rank, length) for rank, length in zip(self.rank, self.length)]
+            self.rows, self.columns = (nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in shapes)
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws E and F from N(0, 1 / length) along each axis."""
+        for table in (self.rows, self.columns):
+            if table is not None:
+                nn.init.normal_(table, std=table.shape[-1] ** -0.5)
+
+    def mix(self, q, k, v, grid):
+        prefix = grid.prefix_of(q.shape[2])
+        wide = torch.promote_types(v.dtype, torch.float32)
+        (down_k, down_v), (right_k, right_v) = (self.projections(axis, grid, q.device, wide) for axis in (0, 1))
+        k, v = (
+            torch.cat([t[:, :, :prefix], project(t[:, :, prefix:].to(wide), grid, down, right).to(t.dtype)], dim=2)
+            for t, down, right in ((k, down_k, right_k), (v, down_v, right_v))
+        )
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+
+    def projections(self, axis, grid, device, dtype):
+        """Of keys and of values along an axis, each (heads or 1, rank, axis length)."""
+        length, rank, table = grid[axis], self.rank[axis], (self.rows, self.columns)[axis]
+        if table is None:
+            edges = torch.arange(rank + 1, device=device, dtype=dtype) * length / rank
+            pixel = torch.arange(length, device=device, dtype=dtype)
+            shared = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
+            return (shared.clamp(min=0) * rank / length).expand(2, 1, rank, length)
+        to_length = stretch(self.length[axis], length, device=device, dtype=dtype)
+        resized = table.to(dtype) @ to_length.mT * (self.length[axis] / length)
+        return resized.expand(2, -1, -1, -1)
+
+    def weights(self, q, k, grid):
+        prefix = grid.prefix_of(q.shape[2])
+        (rows_k, rows_v), (columns_k, columns_v) = (self.plain(axis, grid, q) for axis in (0, 1))
+        e, f = (
+            torch.einsum("nky,nlx->nklyx", rows, columns).flatten(3).flatten(1, 2)  # (heads or 1, k, N)
+            for rows, columns in ((rows_k, columns_k), (rows_v, columns_v))
+        )
+        keys = torch.cat([k[:, :, :prefix], e @ k[:, :, prefix:]], dim=2)
+        weights = (q @ keys.mT * self.scale).softmax(dim=-1)
+        return torch.cat([weights[..., :prefix], weights[..., prefix:] @ f], dim=-1)
+
+    def plain(self, axis, grid, like):
+        """E and F along an axis, by torch's interpolation and in a loop over parts."""
+        length, rank, table = grid[axis], self.rank[axis], (self.rows, self.columns)[axis]
+        if table is not None:
+            sizes = dict(size=length, mode="linear", align_corners=False)
+            tables = [F.interpolate(t.to(like.dtype), **sizes) * self.length[axis] / length for t in table]
+            return tables if len(tables) == 2 else tables * 2
+        parts = torch.zeros(1, rank, length, dtype=like.dtype, device=like.device)
+        for part in range(rank):
+            for place in range(length):
+                begin, end = max(place, part * length / rank), min(place + 1, (part + 1) * length / rank)
+                parts[0, part, place] = max(0, end - begin) * rank / length
+        return parts, parts
+
+
+def project(t, grid, down, right):
+    """Tokens (B, heads, N, d) projected along the rows, then along the columns: (B, heads, k, d)."""
+    t = down @ rearrange(t, "B n (H W) d -> B n H (W d)", H=grid.height)
+    t = right[:, None] @ rearrange(t, "B n k (W d) -> B n k W d", W=grid.width)
+    return t.flatten(2, 3)

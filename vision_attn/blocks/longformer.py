@@ -1,0 +1,147 @@
+"""Longformer: a window, dilated for some heads, and a few global tokens with projections of their own.
+
+Beltagy et al. 2020, Longformer; Zhang et al. 2021, ViL, https://arxiv.org/abs/2004.05150
+    A_u = softmax over {v : v in the window of u, dilated by head} ∪ {v : v global} of q_u · k_v d^-½
+    A_g = softmax over all v of q'_g · k'_v d^-½, applied to v'_v, for g global
+Cost: 2 N (k² + 2 (tokens + P)) d
+Global are the prefix tokens of the host (ViL's reading for images: learned tokens) and the first ``tokens`` positions
+in raster order, so that a map without prefix tokens has some and the pattern can be causal. What they look at goes
+through queries, keys and values of their own. With ``causal=True`` all is cut to what comes before.
+Windows on a line of text become squares.
+Deviations: scores of global keys, as seen by the others, use the common projections, as in the code.
+
+>>> from vision_attn import Grid
+>>> for pattern in Block(64, num_heads=2, kernel_size=3, dilation=(1, 2), tokens=2).pattern.by_head():
+...     print(pattern.draw(Grid(5, 7), 2, 3), end="\\n\\n")
+##-----
+--###--
+--#@#--
+--###--
+-------
+<BLANKLINE>
+##-#-#-
+-------
+-#-@-#-
+-------
+-#-#-#-
+<BLANKLINE>
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .. import check
+from ..mixer import PatternMixer, softmax_over
+from ..pattern import Global, Past, PerHead, Window
+
+
+class Block(PatternMixer):
+    """Window attention with dilation by head and global tokens of their own.
+
+    Args:
+        kernel_size: pixels in the window, one odd integer or (height, width).
+        dilation: step between them for equal shares of the heads; None: (1, 2), or 1 for a single head.
+        tokens: number of positions that see all and are seen by all, beside the prefix tokens.
+        causal: only what comes before in raster order, and itself.
+        Others: those of `Mixer`.
+
+    Raises:
+        ValueError: fewer heads than dilations, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        kernel_size: int | tuple[int, int] = 7,
+        dilation: tuple[int, ...] | None = None,
+        tokens: int = 8,
+        causal: bool = False,
+        qkv_bias: bool = True,
+        device=None,
+        dtype=None,
+        **mixer,
+    ):
+        check.positive_int("tokens", tokens)
+        check.boolean("causal", causal)
+        check.positive_int("dim", dim)
+        radius = tuple(size // 2 for size in check.odd_pair("kernel_size", kernel_size))
+        if dilation is None:
+            dilation = (1, 2) if (num_heads or dim) > 1 else (1,)
+        if not isinstance(dilation, (tuple, list)) or not dilation:
+            raise ValueError(f"dilation={dilation!r}: must be a list of integers ≥ 1")
+        windows = tuple(Window(radius, check.pair("dilation", step)) for step in dilation)
+        pattern = (PerHead(windows) if len(windows) > 1 else windows[0]) | Global(tokens)
+        pattern = pattern & Past() if causal else pattern
+        super().__init__(pattern, dim, num_heads, qkv_bias=qkv_bias, device=device, dtype=dtype, **mixer)
+        self.tokens = tokens
+        self.qkv_global = nn.Linear(dim, sum(self.widths), bias=qkv_bias, device=device, dtype=dtype)
+
+    def forward(self, x, grid):
+        q, k, v = self.heads(x, grid)
+        out, of_global = self.mix(q, k, v, grid), self.of_global(x, grid)
+        rest = out.narrow(2, of_global.shape[2], out.shape[2] - of_global.shape[2])
+        return self.output(torch.cat([of_global.to(out.dtype), rest], dim=2))
+
+    def output(self, out):
+        return self.proj_drop(self.proj(rearrange(out, "B n t d -> B t (n d)")))
+
+    def of_global(self, x, grid):
+        """What the global tokens take, by their own projections, (B, heads, P + tokens, d)."""
+        prefix = grid.prefix_of(x.shape[1])
+        count = prefix + torch.sym_min(self.tokens, grid.size)
+        x = x.narrow(1, 0, count) if self.causal else x
+        q, k, v = self.global_heads(x)
+        mask = self.past(prefix, count, x.device) if self.causal else None
+        options = dict(attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
+        return F.scaled_dot_product_attention(q.narrow(2, 0, count), k, v, **options)
+
+    def global_heads(self, x):
+        parts = self.qkv_global(x).split(self.widths, dim=-1)
+        q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in parts)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    @staticmethod
+    def past(prefix, count, device):
+        """Which of the first ``count`` tokens see which: prefix tokens one another, others what is not behind them."""
+        place = (torch.arange(count, device=device) - prefix).clamp(min=-1)
+        return place <= place[:, None]
+
+    def attention(self, x, grid):
+        weights = super().attention(x, grid)
+        prefix = grid[0] * grid[1]
+        prefix = x.shape[1] - prefix
+        count = prefix + min(self.tokens, x.shape[1] - prefix)
+        q, k, _ = self.global_heads(x)
+        place = (torch.arange(x.shape[1], device=x.device) - prefix).clamp(min=-1)
+        mask = (place <= place[:, None]) | (not self.causal)
+        weights[:, :, :count] = softmax_over(mask[None], q, k, self.scale)[:, :, :count]
+        return weights
+
+    def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
+        return WithGlobal(super().new_cache(batch, grid, full=full, device=device, dtype=dtype))
+
+    def step(self, x, place, cache):
+        q, k, v = (t[:, :, 0] for t in self.heads(x[:, None], (1, 1)))
+        out = cache.local.step(q, k, v, place)
+        if place < self.tokens:
+            q, *entries = self.global_heads(x[:, None])
+            cache.seen = [torch.cat(pair, dim=2) for pair in zip(cache.seen, entries)] if cache.seen else entries
+            out = F.scaled_dot_product_attention(q, *cache.seen, scale=self.scale)[:, :, 0]
+        return self.proj_drop(self.proj(out.flatten(1)))
+
+
+class WithGlobal:
+    """The past of the windows, and the keys and values of the global tokens so far."""
+
+    def __init__(self, local):
+        self.local, self.seen = local, []
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept, in bytes."""
+        return self.local.nbytes + sum(t.nbytes for t in self.seen)

@@ -1,0 +1,128 @@
+"""Residual logits: layers of attention, each of which adds its scores to those of the layers before.
+
+He et al. 2021, RealFormer, https://arxiv.org/abs/2012.11747
+    S_l = q_l k_lᵀ d^-½ + S_{l-1}      S_0 = 0      A_l = softmax S_l v_l      x_l = x_{l-1} + proj_l A_l
+Cost: N² d layers (layers + 1)
+A sum of products is one product of joined channels: layer l is one flash call on [q_1 … q_l] and [k_1 … k_l], and no
+N×N matrix of scores is kept for the next.
+With ``causal=True`` a position looks at itself and at what comes before it in raster order; prefix tokens come first
+of all and see only one another.
+Deviations: the paper's chain runs through all layers of a network, with the rest of each layer between them. A block
+knows only its own: the chain is of the ``layers`` of one block, each with projections of its own, and between them is
+a residual connection and nothing else. The output is the update x_L - x_0; adding the input is the host's.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from .. import check
+from ..cache import PatternCache
+from ..grid import Grid
+from ..mixer import PatternMixer, Sequence
+from ..pattern import All, Past
+
+
+class Layer(PatternMixer):
+    """Dense attention by queries and keys of any width; the scale stays that of one layer's heads."""
+
+    def mix(self, q, k, v, grid):
+        width, q, k = max(q.shape[-1], v.shape[-1]), q.to(v.dtype), k.to(v.dtype)
+        padded = [F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]  # flash wants values as wide as keys
+        if self.causal:
+            return super().mix(*padded, grid)[..., : v.shape[-1]]
+        out = F.scaled_dot_product_attention(*padded, dropout_p=self.dropout, scale=self.scale)
+        return out[..., : v.shape[-1]]
+
+
+class Block(Sequence):
+    """Attention layers with residual logits.
+
+    Args:
+        layers: number of attention layers.
+        causal: only what comes before in raster order, and itself.
+        Others: those of `Mixer`, for every layer.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, dim, num_heads=None, *, layers: int = 2, causal: bool = False, **mixer):
+        check.positive_int("layers", layers)
+        check.boolean("causal", causal)
+        pattern = Past() if causal else All()
+        super().__init__(*(Layer(pattern, dim, num_heads, **mixer) for _ in range(layers)))
+        self.causal = causal
+
+    def run(self, x, grid, mixes):
+        """The update of all layers, and what each mixes: its joined queries and keys, and its values."""
+        update, queries, keys, mixed = 0, [], [], []
+        for layer, mix in zip(self.chain, mixes):
+            q, k, v = layer.heads(x + update, grid)
+            queries.append(q)
+            keys.append(k)
+            mixed.append((torch.cat(queries, dim=-1), torch.cat(keys, dim=-1), v))
+            out = rearrange(mix(*mixed[-1]), "B n t d -> B t (n d)")
+            update = update + layer.proj_drop(layer.proj(out))
+        return update, mixed
+
+    def forward(self, x, grid):
+        grid = Grid.of(grid)
+        return self.run(x, grid, [partial(layer.mix, grid=grid) for layer in self.chain])[0]
+
+    def attention(self, x, grid):
+        """What is heard through all layers: a mean over the ways through one or more of them, heads averaged.
+
+        With values and projections of identity the update is 2^layers - 1 times this. Of a single layer: its weights.
+        """
+        grid = Grid.of(grid)
+        _, mixed = self.run(x, grid, [partial(layer.mix, grid=grid) for layer in self.chain])
+        seen = [layer.weights(q, k, grid) for layer, (q, k, _) in zip(self.chain, mixed)]
+        if len(seen) == 1:
+            return seen[0]
+        heard = own = torch.eye(x.shape[1], dtype=seen[0].dtype, device=x.device)
+        for weights in seen:
+            heard = heard + weights.mean(dim=1, keepdim=True) @ heard
+        return (heard - own) / (2 ** len(seen) - 1)
+
+    def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
+        if not self.causal:
+            raise ValueError("causal=False: pixel by pixel only a causal block can go on")
+        return JoinedPast(self.chain, batch, Grid.of(grid), full, device, dtype)
+
+    def step(self, x, place, cache):
+        return self.run(x[:, None], Grid(1, 1), [partial(past.mix, place=place) for past in cache.layers])[0][:, 0]
+
+
+class LayerPast(PatternCache):
+    """The past of one layer."""
+
+    def mix(self, q, k, v, place):
+        """`step`, of sequences of one token."""
+        return self.step(q[:, :, 0], k[:, :, 0], v[:, :, 0], place)[:, :, None]
+
+
+class JoinedPast:
+    """Joined keys, and values, of each layer.
+
+    Args:
+        chain: the layers.
+        batch: number of images.
+        grid: of the image that is made.
+        full: keep and read everything, and mask nothing.
+    """
+
+    def __init__(self, chain, batch: int, grid: Grid, full: bool, device=None, dtype=None):
+        self.layers = []
+        for number, layer in enumerate(chain, start=1):
+            weight, heads = layer.qkv.weight, layer.num_heads
+            dims = number * layer.key_dim // heads, layer.dim // heads
+            factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+            self.layers.append(LayerPast(layer.pattern, batch, heads, grid, dims, layer.scale, full, **factory))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept, in bytes."""
+        return sum(past.nbytes for past in self.layers)

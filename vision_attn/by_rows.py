@@ -1,0 +1,92 @@
+"""Attention whose weights need all scores of a query, of all heads, at once: some rows at a time.
+
+The weights of a chunk of rows are computed anew in the backward, so that only queries, keys and values are kept:
+memory is (rows of a chunk) × N × heads, not N². Scores and weights are in at least float32.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .grid import Grid
+
+ROWS = 128  # of a chunk
+
+
+def attend(
+    q: Float[Tensor, "B heads tokens dk"],
+    k: Float[Tensor, "B heads tokens dk"],
+    v: Float[Tensor, "B heads tokens dv"],
+    weights_of: Callable[[Tensor, Tensor], Tensor],
+    *,
+    scale: float,
+) -> Float[Tensor, "B heads tokens dv"]:
+    """``weights_of(scores, rows)`` @ v, where scores (B, heads, rows, tokens) are scale · q kᵀ of the tokens ``rows``.
+
+    ``weights_of`` must hold the tensors that it uses, not look them up in a module, whose parameters may have been
+    swapped back by the time of the backward. A traced graph, whose sizes are free, has one chunk with everything.
+    """
+    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # which checkpointing does not know
+    again = torch.is_grad_enabled() and not (traced or transformed)
+    rows = torch.arange(q.shape[2], device=q.device)
+    with _as_given(q):
+        if traced:
+            return _rows(q, k, v, rows, weights_of, scale)
+        outs = [
+            checkpoint(_rows, some, k, v, at, weights_of, scale, use_reentrant=False)
+            if again
+            else _rows(some, k, v, at, weights_of, scale)
+            for some, at in zip(q.split(ROWS, dim=2), rows.split(ROWS))
+        ]
+        return torch.cat(outs, dim=2)
+
+
+def _rows(q, k, v, rows, weights_of, scale):
+    """The output of some rows."""
+    out = v.dtype
+    if out == torch.float16:  # whose range scores may leave
+        q, k, v = q.float(), k.float(), v.float()
+    scores = q.to(v.dtype) @ k.to(v.dtype).mT  # autocast may leave normalised queries and keys wider
+    weights = weights_of(scale * scores.to(torch.promote_types(v.dtype, torch.float32)), rows)
+    return (weights.to(v.dtype) @ v).to(out)
+
+
+def _as_given(x):
+    """Not in autocast, which would narrow what is wide here."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+class Past:
+    """Keys and values of a causal mixer, of which every pixel of an image in the making computes its own row.
+
+    Args:
+        weights_of, scale: as in `attend`.
+        batch, heads: number of images, and of heads of the mixer.
+        grid: of the image that is made.
+        dims: channels of a head's keys and values.
+    """
+
+    def __init__(self, weights_of, scale: float, batch: int, heads: int, grid: Grid, dims, device=None, dtype=None):
+        self.weights_of, self.scale = weights_of, scale
+        self.past = [torch.zeros(batch, heads, grid.size, dim, device=device, dtype=dtype) for dim in dims]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept, in bytes."""
+        return sum(past.nbytes for past in self.past)
+
+    def step(
+        self, q: Float[Tensor, "B heads d"], k: Float[Tensor, "B heads d"], v: Float[Tensor, "B heads d"], place: int
+    ) -> Float[Tensor, "B heads d"]:
+        """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
+        for past, entry in zip(self.past, (k, v)):
+            past[:, :, place] = entry
+        keys, values = (past[:, :, : place + 1] for past in self.past)
+        with _as_given(q):
+            row = torch.tensor([place], device=q.device)
+            return _rows(q[:, :, None], keys, values, row, self.weights_of, self.scale)[:, :, 0]

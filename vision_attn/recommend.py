@@ -1,0 +1,83 @@
+"""Which mixers win over dense attention at a size, on this machine: measured, not looked up."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from . import check
+from .cost import measure
+from .grid import Grid
+from .pattern import BlindSpot
+from .zoo import create_block, describe, list_blocks
+
+
+class Measured(NamedTuple):
+    """A mixer beside dense attention, both whole blocks with their projections; ratios below 1 win."""
+
+    name: str
+    ms: float  # of forward + backward
+    times_dense: float  # its time / that of dense
+    mebibytes: float  # that forward + backward hold at most, beside weights and input
+    memory_times_dense: float  # its memory / that of dense
+
+
+def recommend(
+    height: int,
+    width: int,
+    dim: int,
+    device: str | torch.device = "cpu",
+    causal: bool = False,
+    *,
+    num_heads: int | None = None,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    blocks: str = "*",
+    seconds: float = 10.0,
+) -> list[Measured]:
+    """Time and memory of every mixer of the zoo beside dense attention, which runs torch's fused kernel; fastest first.
+
+    Measured is forward + backward of the whole block, projections included, with the options it has by default:
+    two rounds in which all blocks take turns, more while there is time; a block's fastest counts. Machines are noisy:
+    ratios near 1 may change sides from call to call. What wins here is faster, not more accurate.
+
+    Only mixers are compared: a gate does not take the place of attention.
+
+    Args:
+        height, width: of the grid.
+        dim: channels.
+        device: where to measure.
+        causal: in raster order; what can't be is left out.
+        num_heads: of all blocks; None: each block's own choice. A block that can't have them is left out, as is one
+            that needs more heads than ``dim`` allows.
+        batch: images.
+        dtype: of weights and input.
+        blocks: wildcard of the blocks to compare; dense is always among them.
+        seconds: that further rounds may take.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    for name, value in (("height", height), ("width", width), ("dim", dim), ("batch", batch)):
+        check.positive_int(name, value)
+    check.boolean("causal", causal)
+    check.finite("seconds", seconds)
+    options = dict(num_heads=num_heads, device=device, dtype=dtype) | ({"causal": True} if causal else {})
+    chosen = [describe(name) for name in list_blocks(blocks)]
+    mixers = {"dense": create_block("dense", dim, **options)}  # first, for its refusals are the caller's
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BlindSpot)  # no matter of speed
+        for entry in chosen:
+            if entry.kind == "mixer" and entry.causal >= causal and entry.name != "dense":
+                try:
+                    mixers[entry.name] = create_block(entry.name, dim, **options)
+                except ValueError:  # heads that do not fit
+                    continue
+    grid = Grid(height, width)
+    costs = measure(mixers, torch.randn(batch, grid.size, dim, device=device, dtype=dtype), grid, seconds=seconds)
+    dense = costs["dense"]
+    found = [
+        Measured(name, cost.ms, cost.ms / dense.ms, cost.mebibytes, cost.mebibytes / dense.mebibytes)
+        for name, cost in costs.items()
+    ]
+    return sorted(found, key=lambda one: one.ms)
