@@ -14,7 +14,6 @@ time and memory against the number of pixels with fitted exponents.
 import itertools
 import math
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,42 +25,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from training.results import write
-from vision_attn import Grid, create_block, describe, list_blocks
-
-
-def clock(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def peak_memory(call: Callable[[], object], device: str) -> float:
-    """MiB that tensors take at most during one call, beyond what there was before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events)) / 2**20
+from vision_attn import Grid, Mixer, create_block, describe, list_blocks
+from vision_attn.cost import clock, peak_memory
 
 
 def calls_of(
-    steps: list, heads: int, channels: int, grid: Grid, device: str, dtype: torch.dtype, dense: bool, masked: bool
+    made: Mixer, heads: int, channels: int, grid: Grid, device: str, dtype: torch.dtype, dense: bool, masked: bool
 ) -> dict[str, Callable]:
-    """Attention of all steps of a block by each route: its own and, if asked for, dense and masked."""
+    """Attention of all steps of a block by each route: its own and, if asked for, dense and masked.
+
+    A block whose steps are no attention by themselves runs whole, projections included.
+    """
+    steps = made.steps or (made,)
     q, k, v = (
         torch.randn(1, heads, grid.size, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
     calls = {"block": lambda: [step.mix(q, k, v, grid) for step in steps]}
+    if not made.steps:
+        x = torch.randn(1, grid.size, heads * channels, device=device, dtype=dtype, requires_grad=True)
+        calls["block"] = lambda: [made(x, grid)]
     if dense:
         calls["dense"] = lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=step.causal) for step in steps]
     if masked:
@@ -91,8 +73,8 @@ def measure(
     )
     made = create_block(name, heads * channels, num_heads=heads, **options).to(device, dtype)
     dense = grid.size <= dense_limit
-    masked = dense and all(hasattr(step, "pattern") for step in made.steps)
-    calls = calls_of(made.steps, heads, channels, grid, device, dtype, dense, masked)
+    masked = dense and all(hasattr(step, "pattern") for step in made.steps or (made,))
+    calls = calls_of(made, heads, channels, grid, device, dtype, dense, masked)
     timed = {(route, kind.__name__): kind(call) for route, call in calls.items() for kind in (forward, step)}
     best = dict.fromkeys(timed, math.inf)
     for _, key in itertools.product(range(repeats), timed):

@@ -21,17 +21,40 @@ torch.set_num_threads(1)
 
 # Options that make a block more itself, at sizes that fit the suite. A block that is not here: with its defaults.
 OPTIONS = {
+    "adaptive_span": [{}, {"span": 4, "ramp": 1.5}],
     "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}],
+    "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],
+    "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
     "dilated": [{"kernel_size": 3, "dilation": (2, 3)}],
     "expectation_maximization": [{"bases": 3}, {"bases": 5, "temperature": 0.5, "iterations": 1}],
     "fixed": [{"c": 3}, {"c": 3, "split_heads": True}, {"c": 2, "part": "summary"}],
     "global_context": [{}, {"fusion": "multiply"}, {"fusion": "both", "rd_channels": 2}, {"pooling": "average"}],
     "factored": [{}, {"part": "previous_row"}],
+    "gaussian_prior": [{"width": 1.5}],
+    "global_local": [{"windows": (2, 3), "kernel_size": (3, 5)}],
+    "global_memory": [{"memory": 5, "chunk": (2, 3)}],
     "global_tokens": [{"tokens": 3, "kernel_size": 3}],
+    "hand_crafted": [{}, {"patterns": ("left", "up", "column")}],
     "interlaced_sparse": [{}, {"factor": (2, 3)}],
+    "light_non_local": [{}, {"ratio": 1.0, "stride": 3}],
+    "linformer": [
+        {"rank": (2, 3), "length": (5, 7)},
+        {"rank": 2, "length": 3, "sharing": "none"},
+        {"rank": (3, 2), "projection": "mean"},
+    ],
+    "longformer": [{"tokens": 3, "kernel_size": 3}],
+    "low_rank": [{}, {"l2_norm": True}],
+    "memory_compressed": [{}, {"stride": (2, 5)}],
+    "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
     "strided": [{}, {"split_heads": True}],
+    "synthesizer": [
+        {"length": (5, 7)},
+        {"length": 3, "form": "random"},
+        {"length": (7, 5), "rank": 2, "form": "factorized"},
+        {"length": 5, "form": "mixture"},
+    ],
     "window": [{}, {"kernel_size": (3, 5)}],
 }
 # Parameters that a softmax can't feel, because it does not see a constant: their gradient is 0.

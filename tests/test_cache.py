@@ -5,7 +5,7 @@ import torch
 from conftest import MIXERS
 
 from vision_attn import Grid, create_block
-from vision_attn.mixer import PatternMixer
+from vision_attn.cache import PatternCache
 from vision_attn.testing.case import BATCH
 
 SMALL = [Grid(5, 7), Grid(11, 3), Grid(2, 7), Grid(1, 5), Grid(3, 1), Grid(1, 1)]
@@ -32,7 +32,7 @@ def test_the_whole_past_gives_the_same(causal_case, grid):
         assert "full=True" in str(refusal) and not hasattr(block, "pattern")
         return
     torch.testing.assert_close(out, block(x, grid), rtol=1e-10, atol=1e-12)
-    if isinstance(block, PatternMixer):
+    if type(cache) is PatternCache:
         assert cache.nbytes == 8 * BATCH * grid.size * (block.key_dim + block.dim)  # of float64
 
 

@@ -16,7 +16,7 @@ from torchvision.transforms import functional as TF
 import backbones
 from training.datasets import Digits
 from vision_attn import list_blocks
-from vision_attn.__main__ import BEGIN, END, main, renew
+from vision_attn.__main__ import BEGIN, END, main, parse, renew
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,6 +72,13 @@ def test_list_names_every_block(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_blocks()
 
 
+def test_show_prints_what_it_says(capsys):
+    shown, _ = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    (command,) = [line for line in README.splitlines() if "-m vision_attn show" in line]
+    assert main(shlex.split(command, comments=True)[3:]) == 0
+    assert capsys.readouterr().out == shown
+
+
 def test_commands_name_existing_files():
     blocks = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
     commands = blocks.replace("\\\n", " ").splitlines()
@@ -80,6 +87,8 @@ def test_commands_name_existing_files():
         words = shlex.split(command, comments=True)
         if words[0] == "make":
             assert f"\n{words[1]}:" in makefile, command
+        elif words[1:3] == ["-m", "vision_attn"]:
+            assert parse(words[3:])
         else:
             assert words[0] in (".venv/bin/python", ".venv/bin/torchrun"), command
             assert (ROOT / next(word for word in words if word.endswith(".py"))).is_file(), command

@@ -69,6 +69,15 @@ def test_a_plain_sum_beyond_half_precision_is_taken_in_a_wider_one():
     assert torch.equal(block.mix(one, one, 1000 * one, GRID), 1000 * one)
 
 
+@pytest.mark.parametrize("mean", [False, True])
+def test_pixel_by_pixel_it_divides_by_the_pixels_so_far_or_not(mean):
+    block = create_block("fast_l2", DIM, num_heads=HEADS, mean=mean, causal=True).double()
+    x, grid = torch.randn(3, 35, DIM, dtype=torch.float64), Grid(5, 7)
+    cache = block.new_cache(3, grid)
+    steps = torch.stack([block.step(x[:, place], place, cache) for place in range(35)], dim=1)
+    torch.testing.assert_close(steps, block(x, grid), rtol=1e-10, atol=1e-12)
+
+
 def test_the_state_does_not_grow_with_the_image():
     block = create_block("fast_l2", DIM, num_heads=HEADS, causal=True)
     small, large = (block.new_cache(3, grid).nbytes for grid in (Grid(2, 3), Grid(97, 89)))

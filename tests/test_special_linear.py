@@ -44,3 +44,12 @@ def test_the_state_does_not_grow_with_the_image():
 def test_what_it_has_no_use_for_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         create_block("linear", 34, **options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sums_stay_wide_under_autocast_of_half_precision(causal):
+    block, grid = create_block("linear", 34, num_heads=2, causal=causal), Grid(61, 67)
+    q, k, v = torch.full((3, 1, 2, grid.size, 17), 40.0)  # sums beyond 65504
+    with torch.autocast("cpu", torch.float16):
+        out = block.mix(q, k, v, grid)
+    torch.testing.assert_close(out.float(), v)

@@ -26,13 +26,13 @@ def test_it_is_the_formula_of_the_paper_pixel_by_pixel(causal):
         return (z - z.mean()) / (z.var(unbiased=False) + layer.eps).sqrt() * layer.weight + layer.bias
 
     f, c = (gated.over.weight @ gated.v_gate.sigmoid() + gated.over.bias).view(2, DIM)
-    q = [gated.q_gate.sigmoid() * norm(gated.norm, gated.linear.weight @ p + gated.linear.bias) for p in x]
+    q = [gated.q_gate.sigmoid() * norm(gated.norm, gated.weight @ p + gated.bias) for p in x]
     k, v = x * gated.k_gate.sigmoid(), x * f.sigmoid() * torch.tanh(c)
     out = block(x[None], GRID)[0]
     for i in range(0, GRID.size, 5):
         seen = i + 1 if causal else GRID.size
         attended = torch.stack([q[i] @ key / DIM**0.5 for key in k[:seen]]).softmax(0) @ v[:seen]
-        wide = F.gelu(block.proj.linear.weight @ norm(block.norm, x[i] + attended) + block.proj.linear.bias)
+        wide = F.gelu(block.proj.weight @ norm(block.norm, x[i] + attended) + block.proj.bias)
         wanted = attended + wide[:DIM] + wide[DIM : 2 * DIM] + wide[2 * DIM :]
         torch.testing.assert_close(out[i], wanted, rtol=1e-9, atol=1e-11)
 
@@ -46,11 +46,11 @@ def test_with_gates_that_are_open_it_is_torchs_attention():
         for gate in (block.qkv.q_gate, block.qkv.k_gate):
             gate.fill_(torch.inf)
         block.qkv.over.weight.zero_(), block.qkv.over.bias.fill_(torch.inf)
-        block.proj.linear.weight.zero_(), block.proj.linear.bias.zero_()  # the Boom layer is silent
+        block.proj.weight.zero_(), block.proj.bias.zero_()  # the Boom layer is silent
         theirs.in_proj_weight.copy_(eye.repeat(3, 1)), theirs.in_proj_bias.zero_()
         theirs.out_proj.weight.copy_(eye), theirs.out_proj.bias.zero_()
     x = torch.randn(2, 5 + GRID.size, DIM, dtype=torch.float64)
-    wanted, _ = theirs(block.qkv.norm(block.qkv.linear(x)), x, x)
+    wanted, _ = theirs(block.qkv.norm(F.linear(x, block.qkv.weight, block.qkv.bias)), x, x)
     torch.testing.assert_close(block(x, GRID), wanted, rtol=1e-9, atol=1e-11)
 
 

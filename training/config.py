@@ -41,6 +41,7 @@ class DataConfig:
         download: let cifar10 and cifar100 be downloaded into dir.
         train_split: a folder name, a split name or a shard pattern; null takes the usual names of the source.
         val_split: the same for validation.
+        train_images: how many of the training images to take, the first ones; null takes all; not of shards.
         input_key: name of the image column or file ending, where the source has several.
         target_key: name of the label column, where the source has several.
         num_classes: null counts them; wds can't count and needs it.
@@ -56,6 +57,7 @@ class DataConfig:
     download: bool = False
     train_split: str | None = None
     val_split: str | None = None
+    train_images: int | None = None
     input_key: str | None = None
     target_key: str | None = None
     num_classes: int | None = None
@@ -74,6 +76,7 @@ class DataConfig:
             "digits, cifar10, cifar100, folder, hfds/NAME or wds",
         )
         check("data.name", self.name, kind != "hfds" or len(self.name) > len("hfds/"), "hfds/NAME, with a name")
+        check("data.train_images", self.train_images, self.train_images is None or self.train_images >= 1, "at least 1")
         check("data.num_classes", self.num_classes, self.num_classes is None or self.num_classes >= 2, "at least 2")
         check("data.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "at least 1")
         check("data.crop_pct", self.crop_pct, self.crop_pct is None or 0 < self.crop_pct <= 1, "in (0, 1]")

@@ -67,6 +67,22 @@ class Read(Dataset):
         return self.reader.filename(index, absolute=True) or f"image {index}"
 
 
+class First(Dataset):
+    """The first images of a dataset."""
+
+    def __init__(self, dataset: Dataset, count: int):
+        self.dataset, self.count = dataset, count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(index)
+
+
 class Held(Dataset):
     """A dataset of torchvision that holds its images in memory."""
 
@@ -126,6 +142,11 @@ def create_datasets(
         raise ValueError(f"data.dir {config.dir} must have at least 2 classes, has {len(classes)}: {classes}")
     if config.num_classes not in (None, len(classes)):
         raise ValueError(f"data.num_classes is {config.num_classes}, but {config.name} has {len(classes)} classes")
+    if config.train_images is not None:
+        if isinstance(train, Shards) or config.train_images > len(train):
+            allowed = "null for shards" if isinstance(train, Shards) else f"at most {len(train)}"
+            raise ValueError(f"data.train_images must be {allowed}, got {config.train_images}")
+        train = First(train, config.train_images)
     return train, val, classes
 
 

@@ -47,9 +47,9 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
     made.setdefault("dense", created(make, "dense", dim, causal, device=device))
     costs = cost.measure(made, torch.randn(shape, device=device), *grid, seconds=seconds)
     rows = [
-        (n, f"{c.flops / 1e9:.3g}", f"{c.parameters:,}", f"{c.mebibytes:.1f}", f"{c.ms:.2f}") for n, c in costs.items()
+        (n, digits(c.flops / 1e9), f"{c.parameters:,}", digits(c.mebibytes), digits(c.ms)) for n, c in costs.items()
     ]
-    ratios = [f"{own / dense:.3g}" for own, dense in zip(costs[block], costs["dense"])]
+    ratios = [digits(own / dense) for own, dense in zip(costs[block], costs["dense"])]
     print(f"{'layers on a map' if gate else 'whole blocks'}, {setting(size, dim, device)}")
     columns([("", "GFLOP", "parameters", "MiB", "ms"), *rows, ("/ dense", *ratios)])
     print("GFLOP: forward; MiB and ms: forward + backward, the most held at once and the fastest")
@@ -58,9 +58,7 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
 def show_recommended(size: Grid, dim: int, device: str, causal: bool, blocks: str, seconds: float) -> None:
     found = recommend(*size, dim, device, causal, blocks=blocks, seconds=seconds)
     print(f"{causal * 'causal '}mixers, whole blocks, forward + backward, {setting(size, dim, device)}")
-    rows = [
-        (name, *(f"{n:.2f}" for n in (ms, time)), f"{mib:.1f}", f"{held:.2f}") for name, ms, time, mib, held in found
-    ]
+    rows = [(name, *map(digits, numbers)) for name, *numbers in found]
     columns([("", "ms", "/ dense", "MiB", "/ dense"), *rows])
     print("as measured now; gates are left out: they do not take the place of attention")
 
@@ -92,6 +90,11 @@ def columns(rows: list[tuple[str, ...]], texts: int = 1) -> None:
     for row in rows:
         cells = [f"{cell:{'<' if i < texts else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths))]
         print("  ".join(cells).rstrip())
+
+
+def digits(number: float) -> str:
+    """At least three of them."""
+    return f"{number:.3g}" if number < 100 else f"{number:,.0f}"
 
 
 def setting(grid: Grid, dim: int, device: str) -> str:

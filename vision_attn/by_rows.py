@@ -5,7 +5,6 @@ memory is (rows of a chunk) × N × heads, not N². Scores and weights are in at
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .grid import Grid
+from .precision import at_least_float32, outside_autocast
 
 ROWS = 128  # of a chunk
 
@@ -34,7 +34,7 @@ def attend(
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # which checkpointing does not know
     again = torch.is_grad_enabled() and not (traced or transformed)
     rows = torch.arange(q.shape[2], device=q.device)
-    with _as_given(q):
+    with outside_autocast(q):
         if traced:
             return _rows(q, k, v, rows, weights_of, scale)
         outs = [
@@ -52,13 +52,8 @@ def _rows(q, k, v, rows, weights_of, scale):
     if out == torch.float16:  # whose range scores may leave
         q, k, v = q.float(), k.float(), v.float()
     scores = q.to(v.dtype) @ k.to(v.dtype).mT  # autocast may leave normalised queries and keys wider
-    weights = weights_of(scale * scores.to(torch.promote_types(v.dtype, torch.float32)), rows)
+    weights = weights_of(scale * scores.to(at_least_float32(v)), rows)
     return (weights.to(v.dtype) @ v).to(out)
-
-
-def _as_given(x):
-    """Not in autocast, which would narrow what is wide here."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Past:
@@ -81,12 +76,12 @@ class Past:
         return sum(past.nbytes for past in self.past)
 
     def step(
-        self, q: Float[Tensor, "B heads d"], k: Float[Tensor, "B heads d"], v: Float[Tensor, "B heads d"], place: int
-    ) -> Float[Tensor, "B heads d"]:
+        self, q: Float[Tensor, "B heads dq"], k: Float[Tensor, "B heads dk"], v: Float[Tensor, "B heads dv"], place: int
+    ) -> Float[Tensor, "B heads dv"]:
         """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
         for past, entry in zip(self.past, (k, v)):
             past[:, :, place] = entry
         keys, values = (past[:, :, : place + 1] for past in self.past)
-        with _as_given(q):
+        with outside_autocast(q):
             row = torch.tensor([place], device=q.device)
             return _rows(q[:, :, None], keys, values, row, self.weights_of, self.scale)[:, :, 0]

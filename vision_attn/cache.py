@@ -100,8 +100,8 @@ class PatternCache:
         return sum(past.nbytes for stores in self.stores for store in stores for past in store.past)
 
     def step(
-        self, q: Float[Tensor, "B heads d"], k: Float[Tensor, "B heads d"], v: Float[Tensor, "B heads d"], place: int
-    ) -> Float[Tensor, "B heads d"]:
+        self, q: Float[Tensor, "B heads dq"], k: Float[Tensor, "B heads dk"], v: Float[Tensor, "B heads dv"], place: int
+    ) -> Float[Tensor, "B heads dv"]:
         """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
         y, x = divmod(place, self.grid.width)
         outs = []
@@ -138,8 +138,8 @@ class RemixedPast:
         return sum(past.nbytes for past in self.past)
 
     def step(
-        self, q: Float[Tensor, "B heads d"], k: Float[Tensor, "B heads d"], v: Float[Tensor, "B heads d"], place: int
-    ) -> Float[Tensor, "B heads d"]:
+        self, q: Float[Tensor, "B heads dq"], k: Float[Tensor, "B heads dk"], v: Float[Tensor, "B heads dv"], place: int
+    ) -> Float[Tensor, "B heads dv"]:
         """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
         for past, entry in zip(self.past, (q, k, v)):
             past[:, :, place] = entry

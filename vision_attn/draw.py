@@ -40,9 +40,9 @@ def looks(block: Mixer | Gate, grid: Grid, query: tuple[int, int], seed: int = 0
     if isinstance(block, Gate):
         weights = block.attention_map(image)[0]
         return [Look(f"weights for a random image, {spread(weights)}", weights, shade(weights))]
-    found, tokens = [], image.flatten(2).mT
-    for number, step in enumerate(block.steps, start=1):
-        which = f"step {number} of {len(block.steps)}, " if len(block.steps) > 1 else ""
+    found, tokens, steps = [], image.flatten(2).mT, block.steps or (block,)
+    for number, step in enumerate(steps, start=1):
+        which = f"step {number} of {len(steps)}, " if len(steps) > 1 else ""
         if hasattr(step, "pattern"):
             seen = of_pattern(step, grid, query)
         else:
@@ -50,7 +50,8 @@ def looks(block: Mixer | Gate, grid: Grid, query: tuple[int, int], seed: int = 0
             weights = weights.unflatten(0, tuple(grid))
             seen = [Look(f"weights for a random image, {spread(weights)}", weights, shade(weights, query))]
         found += [look._replace(title=which + look.title) for look in seen]
-        tokens = step(tokens, grid)
+        if number < len(steps):
+            tokens = step(tokens, grid)
     return found
 
 
@@ -75,7 +76,7 @@ def shade(weights: Float[Tensor, "H W"], query: tuple[int, int] | None = None) -
     """The darker, the nearer to the largest, signs aside; ``@`` is the query.
 
     >>> print(shade(torch.tensor([[0, 1, 2], [3, 4, 8]]), (0, 2)))
-    .:@
+    ..@
     -=#
     """
     share = weights.abs().double() / weights.abs().max().clamp(min=torch.finfo(torch.float64).tiny)

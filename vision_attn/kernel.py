@@ -1,12 +1,14 @@
 """Attention by association: φ(q)(φ(k)ᵀ v) in place of (φ(q) φ(k)ᵀ) v. Cost N·m·d instead of N²·d.
 
-Sums over positions are taken in at least float32.
+Sums over positions are taken in at least float32, under autocast too.
 """
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from .precision import at_least_float32, outside_autocast
 
 CHUNK = 64  # positions whose past within the chunk is masked one by one
 
@@ -15,8 +17,8 @@ def attend(
     q: Float[Tensor, "B heads tokens m"], k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens d"]
 ) -> Float[Tensor, "B heads tokens d"]:
     """q (kᵀ v) for feature maps q and k."""
-    wide = torch.promote_types(v.dtype, torch.float32)
-    return (q.to(wide) @ state(k, v)).to(v.dtype)
+    with outside_autocast(v):
+        return (q.to(at_least_float32(v)) @ state(k, v)).to(v.dtype)
 
 
 def attend_past(
@@ -26,21 +28,23 @@ def attend_past(
     before: Float[Tensor, "B heads m d"] | float = 0.0,
 ) -> Float[Tensor, "B heads tokens d"]:
     """Σ_{j ≤ i} (q_i · k_j) v_j + q_i ``before``: chunk by chunk, from the state before each and a mask within."""
-    wide = torch.promote_types(v.dtype, torch.float32)
-    tokens = q.shape[2]
+    wide, tokens = at_least_float32(v), q.shape[2]
     q, k, v_wide = (
         F.pad(t.to(wide), (0, 0, 0, -tokens % CHUNK)).unflatten(2, (-1, CHUNK)) for t in (q, k, v)
     )  # (B, heads, chunks, CHUNK, ·)
-    # the state before a chunk: shifted, for a difference of sums would round by what comes later
-    earlier = F.pad((k.mT @ v_wide).cumsum(dim=2), (0, 0, 0, 0, 1, 0)).narrow(2, 0, q.shape[2])
-    out = q @ (earlier + (before if isinstance(before, float) else before[:, :, None])) + (q @ k.mT).tril() @ v_wide
+    with outside_autocast(v):
+        # the state before a chunk: shifted, for a difference of sums would round by what comes later
+        earlier = F.pad((k.mT @ v_wide).cumsum(dim=2), (0, 0, 0, 0, 1, 0)).narrow(2, 0, q.shape[2])
+        before = before if isinstance(before, float) else before[:, :, None]
+        out = q @ (earlier + before) + (q @ k.mT).tril() @ v_wide
     return out.flatten(2, 3).narrow(2, 0, tokens).to(v.dtype)
 
 
 def state(k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens d"]) -> Float[Tensor, "B heads m d"]:
     """kᵀ v, all that a query needs to know of the keys and values."""
-    wide = torch.promote_types(v.dtype, torch.float32)
-    return k.to(wide).mT @ v.to(wide)
+    wide = at_least_float32(v)
+    with outside_autocast(v):
+        return k.to(wide).mT @ v.to(wide)
 
 
 class Recurrence:
@@ -61,8 +65,8 @@ class Recurrence:
         return self.past.nbytes
 
     def step(
-        self, q: Float[Tensor, "B heads d"], k: Float[Tensor, "B heads d"], v: Float[Tensor, "B heads d"], place: int
-    ) -> Float[Tensor, "B heads d"]:
+        self, q: Float[Tensor, "B heads dq"], k: Float[Tensor, "B heads dk"], v: Float[Tensor, "B heads dv"], place: int
+    ) -> Float[Tensor, "B heads dv"]:
         """Takes in the next pixel, and returns what it draws from the past and itself."""
         q, k, wide = (t.to(self.past.dtype) for t in (self.of_queries(q), self.of_keys(k), v))
         self.past = self.past + k[..., :, None] * with_ones(wide)[..., None, :]

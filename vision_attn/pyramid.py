@@ -4,6 +4,7 @@ A `Pyramid` says which cells of which side a pixel sees; a cell's key and value 
 values, and one softmax goes over all cells seen. With ``past`` a cell counts only once all its pixels are past.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -84,19 +85,28 @@ class PyramidMixer(Mixer):
 
 def means(x: Float[Tensor, "b H W d"], side: int) -> Float[Tensor, "b h w d"]:
     """Means of the cells of a grid, those cut by the border included."""
-    height, width = x.shape[1:3]
     if side == 1:
         return x
-    sides = [torch.sym_min(side, n) for n in (height, width)]  # a cell as large as the image is the image
-    counts = [(n + p - 1) // p for n, p in zip((height, width), sides)]
-    x = pad(x, 0, 0, 0, counts[1] * sides[1] - width, 0, counts[0] * sides[0] - height)
-    cells = x.unflatten(2, (counts[1], sides[1])).unflatten(1, (counts[0], sides[0]))  # (b, h, side, w, side, d)
-    total = cells.sum(dim=(2, 4), dtype=torch.promote_types(x.dtype, torch.float32))
-    down, right = (
-        (n - p * torch.arange(count, device=x.device)).clamp(max=p)
-        for n, p, count in zip((height, width), sides, counts)
-    )
-    return (total / (down[:, None] * right)[..., None]).to(x.dtype)
+    pixels = sums(torch.ones_like(x[:1, :, :, :1]), side).clamp(min=1)
+    return (sums(x, side) / pixels).to(x.dtype)
+
+
+def sums(x, side):
+    """Sums over the cells of a map (b, H, W, d), in at least float32."""
+    height, width = x.shape[1:3]
+    down, right = count(height, side), count(width, side)
+    if torch.compiler.is_compiling():
+        p = q = side
+    else:  # a cell larger than the image is the image
+        p, q = min(side, height), min(side, width)
+    cells = pad(x, 0, 0, 0, right * q - width, 0, down * p - height)
+    cells = rearrange(cells, "b (y p) (x q) d -> b y x (p q) d", p=p, q=q)
+    return cells.sum(dim=3, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def count(length, side: int):
+    """Cells along an axis. Traced: one more, empty, for a graph holds a single one to be a case of its own."""
+    return (length + side - 1) // side + torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True)
@@ -112,10 +122,19 @@ class Cells(KeySet):
         """Cells down (and right) that a tile of queries sees between them."""
         return (TILE.tile[0] + self.side - 2) // self.side + 1 + 2 * self.radius
 
-    def cells(self, tiles: int, device) -> Tensor:
-        """Along one axis, the cells that each tile of queries sees, (tiles, across); some are beyond the border."""
-        first = torch.arange(tiles, device=device) * TILE.tile[0] // self.side - self.radius
-        return first[:, None] + torch.arange(self.across, device=device)
+    def axes(self, grid, device) -> list[tuple[Tensor, Tensor]]:
+        """Down and right: for each tile its queries (tiles, 8) and the cells that they see (tiles, across).
+
+        Some of them are beyond the border. Tiles are one axis, so that a graph traced for any size asks for no two.
+        """
+        n = TILE.sizes(*grid)
+        number = torch.arange(n["y"] * n["x"], device=device)
+        found = []
+        for place, size in zip((number // n["x"], number % n["x"]), TILE.tile):
+            first = place[:, None] * size
+            query = first + torch.arange(size, device=device)
+            found.append((query, first // self.side - self.radius + torch.arange(self.across, device=device)))
+        return found
 
     def queries(self, x):
         return TILE.queries(x)
@@ -124,51 +143,37 @@ class Cells(KeySet):
         return TILE.place(y, grid, fill)
 
     def keys(self, x):
-        n, cells = TILE.sizes(*x.shape[1:3]), means(x, self.side)
-        for axis, tiles in ((1, n["y"]), (2, n["x"])):
-            at = self.cells(tiles, x.device).flatten().clamp(min=0, max=cells.shape[axis] - 1)
-            cells = cells.index_select(axis, at)
-        return rearrange(cells, "b (y m) (x n) d -> b (y x) (m n) d", m=self.across, n=self.across)
+        cells = means(x, self.side)
+        (_, rows), (_, columns) = self.axes(x.shape[1:3], x.device)
+        rows, columns = (t.clamp(min=0).clamp(max=n - 1) for t, n in zip((rows, columns), cells.shape[1:3]))
+        at = rows[:, :, None] * cells.shape[2] + columns[:, None]  # (tiles, across, across)
+        found = cells.flatten(1, 2).index_select(1, at.flatten())
+        return rearrange(found, "b (t n) d -> b t n d", n=self.across**2)
 
-    def near(self, query, cell):
-        """Whether a cell is seen from a query, along one axis."""
-        return (query // self.side - cell).abs() <= self.radius
-
-    def sees(self, near: list[Tensor], queries: list[Tensor], cells: list[Tensor]):
-        """Which cells are seen, from both axes: each is shaped to (y, x, query row, query column, cell rows, columns)."""
-        return near[0] & near[1]
+    def sees(self, queries: Sequence[Tensor], cells: Sequence[Tensor]):
+        """Which cells are seen, but for the border: (tiles, query row, query column, cell row, cell column)."""
+        down, right = ((q // self.side - c).abs() <= self.radius for q, c in zip(queries, cells))
+        return down & right
 
     def mask(self, grid, device):
-        n, tile = TILE.sizes(*grid), TILE.tile[0]
-        shapes = ("y p m -> y 1 p 1 m 1", "x q n -> 1 x 1 q 1 n")
-        queries, cells, near, last = [], [], [], []
-        for shape, length, tiles in zip(shapes, grid, (n["y"], n["x"])):
-            query = (torch.arange(tiles, device=device)[:, None] * tile + torch.arange(tile, device=device))[..., None]
-            cell = self.cells(tiles, device)[:, None]
-            inside = (cell >= 0) & (cell * self.side < length)
-            for found, value in (
-                (queries, query),
-                (cells, cell),
-                (near, self.near(query, cell) & inside),
-                (last, ((cell + 1) * self.side).clamp(max=length) - 1),
-            ):
-                found.append(rearrange(value, shape))
-        seen = self.sees(near, queries, cells)
-        if self.past:
-            seen = seen & ((last[0] < queries[0]) | ((last[0] == queries[0]) & (last[1] <= queries[1])))
-        return rearrange(seen, "y x p q m n -> (y x) (p q) (m n)")
+        (qy, cy), (qx, cx) = self.axes(grid, device)
+        qy, qx = qy[:, :, None, None, None], qx[:, None, :, None, None]
+        cy, cx = cy[:, None, None, :, None], cx[:, None, None, None, :]
+        seen = self.sees([qy, qx], [cy, cx])
+        return (seen & self.there(qy, qx, cy, cx, grid)).flatten(3).flatten(1, 2)
+
+    def there(self, qy, qx, cy, cx, grid):
+        """Whether a cell is on the grid and, with ``past``, without a pixel behind the query."""
+        inside = (cy >= 0) & (cy * self.side < grid.height) & (cx >= 0) & (cx * self.side < grid.width)
+        if not self.past:
+            return inside
+        bottom, right = (((c + 1) * self.side).clamp(max=n) - 1 for c, n in zip((cy, cx), grid))
+        return inside & ((bottom < qy) | ((bottom == qy) & (right <= qx)))
 
 
 @dataclass(frozen=True)
-class AllCells(KeySet):
+class AllCells(Cells):
     """Every position with the means of all cells of ``side`` pixels, as far as ``sees`` says."""
-
-    side: int
-    past: bool = False
-
-    def sees(self, qy, qx, cy, cx):
-        """Whether the query at (qy, qx) sees the cell (cy, cx)."""
-        raise NotImplementedError
 
     def queries(self, x):
         return Everything().queries(x)
@@ -180,11 +185,7 @@ class AllCells(KeySet):
         return Everything().place(y, grid)
 
     def mask(self, grid, device):
-        qy, qx = (torch.arange(n, device=device) for n in grid)
-        cy, cx = (torch.arange((n + self.side - 1) // self.side, device=device) for n in grid)
-        qy, qx, cy, cx = qy[:, None, None, None], qx[:, None, None], cy[:, None], cx
-        seen = self.sees(qy, qx, cy, cx)
-        if self.past:
-            bottom, right = (((c + 1) * self.side).clamp(max=n) - 1 for c, n in zip((cy, cx), grid))
-            seen = seen & ((bottom < qy) | ((bottom == qy) & (right <= qx)))
-        return rearrange(seen, "y x cy cx -> 1 (y x) (cy cx)")
+        down, right = (count(n, self.side) for n in grid)
+        query, cell = torch.arange(grid.size, device=device)[:, None], torch.arange(down * right, device=device)
+        places = query // grid.width, query % grid.width, cell // right, cell % right
+        return (self.sees(places[:2], places[2:]) & self.there(*places, grid))[None]

@@ -85,14 +85,14 @@ class Block(Mixer):
     def spans(self) -> Float[Tensor, "heads"]:
         """z of each head, in pixels: what the paper's penalty is on."""
         reach = self.reach.to(torch.promote_types(self.reach.dtype, torch.float32))
-        return self.span * (reach + (reach.clamp(0, 1) - reach).detach())
+        return self.span * (reach.clamp(0, 1).detach() + (reach - reach.detach()))
 
     @property
     def pattern(self) -> Window:
         """What the heads together see now; what they may learn to see on the meta device."""
         return self.window if self.reach.is_meta else self.window_of(self.spans().max().item())
 
-    def window_of(self, z: float) -> Window:
+    def window_of(self, z: int | float) -> Window:
         """All that is less than z + R away."""
         radius = math.ceil(z + self.ramp) - 1
         return Window((radius, radius), past=self.causal)

@@ -2,12 +2,14 @@
 
 Zaheer et al. 2020, Big Bird, https://arxiv.org/abs/2007.14062
     A_u = softmax over {v : tile(v) beside tile(u)} ∪ {v : tile(v) drawn for tile(u)} ∪ global of q_u · k_v d^-½
-Cost: 2 N ((9 + drawn) t² + 2 tokens) d
-Tiles are t × t pixels (``tile``); beside means the 3 × 3 tiles around; global are the first ``tokens`` positions in raster
-order, which see all and are seen by all, and the prefix tokens of the host. For each head and each tile ``drawn``
-tiles are drawn among those that are not beside it. The draw is a table of random numbers, made from ``seed`` and kept in
-the state dict, which serves grids of any size: number u picks the u-th share of the tiles to choose from. With
-``causal=True`` tiles are drawn among earlier ones, and all is cut to what comes before in raster order.
+Cost: 2 N ((9 + drawn) tile² + 2 tokens) d
+Tiles are ``tile`` × ``tile`` pixels; beside means the 3 × 3 tiles around; global are the first ``tokens`` positions in
+raster order, which see all and are seen by all, and the prefix tokens of the host. For each head and each tile
+``drawn`` tiles are drawn among those that are not beside it. The draw is a table of random numbers, made from ``seed``
+and kept in the state dict, which serves grids of any size: number u picks the u-th share of the tiles to choose from.
+With
+``causal=True`` tiles are drawn among earlier ones, and all is cut to what comes before in raster order: past pixels
+of later tiles, right of a pixel in the rows above it, are left to other layers but for those beside.
 Blocks on a line of text become tiles. The paper's three parts are exact; every tile has nearly the same chance.
 Deviations: the tiles to choose from are split into ``drawn`` runs with one drawn from each, so that none is drawn twice
 (the code draws without replacement). The code's global blocks are the first and the last.
@@ -33,7 +35,7 @@ from torch import nn
 
 from .. import check
 from ..key_set import KeySet, Neighbours, Tiles
-from ..mixer import PatternMixer
+from ..mixer import PatternMixer, warn_of_blind_spot
 from ..pattern import Directed, Global, Past, Pattern, PerHead
 
 ROWS = 256  # tiles with draws of their own; larger grids use them again
@@ -182,3 +184,4 @@ class Block(PatternMixer):
         by_head = tuple(Drawn(tile, head, self.draws, past=causal) for head in range(self.num_heads))
         pattern = PerHead(tuple(Beside(tile) | one | Global(tokens) for one in by_head))
         self.pattern = pattern & Past() if causal else pattern
+        warn_of_blind_spot(self)

@@ -2,9 +2,9 @@
 
 Ye et al. 2019, BP-Transformer, https://arxiv.org/abs/1911.04070
     A_u = softmax over the cells c of a quadtree around u of q_u · k̄_c d^-½    k̄_c, v̄_c: means over the cell
-Cost: 2 N (4 + 3 levels) (2 near + 1)² d + N² / 4^levels d
-Every pixel is in exactly one cell that u sees. A cell of side 2^l is seen if it is more than ``near`` cells away and its
-parent of side 2^{l+1} is not; pixels whose parent is within ``near`` are seen themselves; at the last level, side
+Cost: 2 N (3 levels + 1) (2 near + 1)² d + 2 N² d / 4^levels
+Every pixel is in exactly one cell that u sees. A cell of side 2^l is seen if it is more than ``near`` cells away and
+its parent of side 2^{l+1} is not; pixels whose parent is within ``near`` are seen themselves; at the last level, side
 2^levels, all that is left is seen. So the number of keys grows with the logarithm of the distance, as long as
 ``levels`` does. With ``causal=True`` a cell is seen once it lies wholly in the past; what is past but in a cell that
 is not yet complete, such as the far left of the pixel's own row, is left to other layers.
@@ -23,6 +23,16 @@ updates from their leaves, with embeddings for the kinds of edges). The paper lo
 0000001122222
 0000001122222
 1111111122222
+>>> print(Quadtree(near=1, levels=2, past=True).draw(Grid(9, 13), 5, 4))
+#############
+#############
+#############
+#############
+########-----
+####@--------
+-------------
+-------------
+-------------
 """
 
 from dataclasses import dataclass
@@ -36,7 +46,7 @@ class Quadtree(Pyramid):
     """Cells of a quadtree, the larger the farther away, each pixel in one of them."""
 
     near: int = 1
-    levels: int = 5
+    levels: int = 4
 
     @property
     def sides(self):
@@ -58,39 +68,36 @@ class Quadtree(Pyramid):
 
     def key_sets(self):
         below = tuple(Branches(side, 2 * self.near + 1, self.past, self.near) for side in self.sides[:-1])
-        return (*below, Rest(self.sides[-1], self.past, self.near))
+        return (*below, Rest(self.sides[-1], self.near, self.past, self.near))
 
 
 @dataclass(frozen=True)
 class Branches(Cells):
-    """Cells whose parent is within ``close`` of the query's, without those that are so themselves."""
+    """Cells that are more than ``close`` away, and whose parents are not."""
 
     close: int = 1
 
-    def sees(self, near, queries, cells):
-        parents = [(q // (2 * self.side) - c // 2).abs() <= self.close for q, c in zip(queries, cells)]
-        seen = near[0] & near[1] & parents[0] & parents[1]
-        if self.side == 1:  # no smaller cells would show them
-            return seen
-        own = [(q // self.side - c).abs() <= self.close for q, c in zip(queries, cells)]
-        return seen & ~(own[0] & own[1])
+    def sees(self, queries, cells):
+        down, right = ((q // (2 * self.side) - c // 2).abs() <= self.close for q, c in zip(queries, cells))
+        parent = down & right
+        return parent if self.side == 1 else parent & self.far(queries, cells)  # no smaller cells show a pixel
+
+    def far(self, queries, cells):
+        down, right = ((q // self.side - c).abs() > self.close for q, c in zip(queries, cells))
+        return down | right
 
     def parts(self, grid):
-        empty = self.side > 1 and max(grid) <= (self.close + 1) * self.side
-        return () if empty else (self,)
+        none_is_far = self.side > 1 and max(grid) <= (self.close + 1) * self.side
+        return () if none_is_far else (self,)
 
 
 @dataclass(frozen=True)
 class Rest(AllCells):
-    """Cells that are more than ``close`` away."""
+    """All cells that are more than ``close`` away."""
 
     close: int = 1
 
-    def sees(self, qy, qx, cy, cx):
-        return ((qy // self.side - cy).abs() > self.close) | ((qx // self.side - cx).abs() > self.close)
-
-    def parts(self, grid):
-        return () if max(grid) <= (self.close + 1) * self.side else (self,)
+    sees, parts = Branches.far, Branches.parts
 
 
 class Block(PyramidMixer):
@@ -106,7 +113,7 @@ class Block(PyramidMixer):
         ValueError: an argument is out of range.
     """
 
-    def __init__(self, dim, num_heads=None, *, near: int = 1, levels: int = 5, causal: bool = False, **mixer):
+    def __init__(self, dim, num_heads=None, *, near: int = 1, levels: int = 4, causal: bool = False, **mixer):
         check.positive_int("near", near)
         check.positive_int("levels", levels)
         check.boolean("causal", causal)

@@ -19,13 +19,8 @@ class Block(Mixer):
     not_causal = "the softmax over positions divides by the whole image"
 
     def __init__(self, dim, num_heads=None, *, attn_drop: float = 0.0, **mixer):
-        check.rate("attn_drop", attn_drop)
-        if attn_drop:
-            raise ValueError(
-                f"attn_drop={attn_drop!r}: must be 0: the matrix it would drop from is never made; use proj_drop"
-            )
-        if mixer.get("scale") is not None:
-            raise ValueError(f"scale={mixer['scale']!r}: must be None: there is no q · k to scale")
+        check.no_attn_drop(attn_drop)
+        check.no_scale(mixer.get("scale"), "there is no q · k to scale")
         super().__init__(dim, num_heads, **mixer)
 
     def mix(self, q, k, v, grid):

@@ -22,6 +22,7 @@ from torch import nn
 from .. import check
 from ..average import StepAverage
 from ..gate import Gate
+from ..precision import outside_autocast
 
 
 class Block(Gate):
@@ -69,9 +70,7 @@ class Block(Gate):
 
     def gate(self, x):
         # not in autocast: the redrawn image is nearly constant at first, and the norm would magnify half's rounding
-        if x.is_meta:  # which torch.autocast does not know
-            return self.redraw(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x):
             return self.redraw(x.to(self.after.weight.dtype)).to(x.dtype)
 
     def redraw(self, x):

@@ -4,7 +4,7 @@ Hu et al. 2020, FANet, https://arxiv.org/abs/2007.03815
     y = 1/n q̂ (k̂ᵀ v)    x̂ = x / ‖x‖ over the channels of a head
 Cost: 2 N d² / heads
 Weights are the cosines of queries and keys: they may be negative, and do not sum to 1. ``mean=False`` leaves out 1/n,
-the number of tokens, as the authors' code does: outputs then grow with the image.
+the number of tokens, as the authors' code does: outputs then grow with the image, in float16 until they overflow.
 With ``causal=True`` the sums, and n, are over what comes before in raster order and the pixel itself: prefix sums in
 chunks, and pixel by pixel a recurrent state of d² numbers. The order of positions does not matter otherwise; prefix
 tokens are ordinary and, if causal, come first of all.
@@ -47,13 +47,8 @@ class Block(Mixer):
     ):
         check.boolean("mean", mean)
         check.boolean("causal", causal)
-        check.rate("attn_drop", attn_drop)
-        if attn_drop:
-            raise ValueError(
-                f"attn_drop={attn_drop!r}: must be 0: the matrix it would drop from is never made; use proj_drop"
-            )
-        if mixer.get("scale") is not None:
-            raise ValueError(f"scale={mixer['scale']!r}: must be None: queries and keys have unit length")
+        check.no_attn_drop(attn_drop)
+        check.no_scale(mixer.get("scale"), "queries and keys have unit length")
         super().__init__(dim, num_heads, **mixer)
         self.mean, self.causal = mean, causal
 

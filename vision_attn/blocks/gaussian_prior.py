@@ -11,8 +11,8 @@ are large where they cancel: coordinates are centred, and everything is computed
 Prefix tokens have no place: B = 0 between them and all others.
 With ``causal=True`` a position looks at itself and at what comes before it in raster order; prefix tokens come first
 of all and see only one another.
-Deviations: two axes (the papers: a line of text). Yang et al. predict centre and width from the query, whole layer or
-keys; Guo et al. learn a scale and an offset of the squared distance. Here both are parameters of a head.
+Deviations: two axes (the papers: a line of text). Centre and width are parameters of a head (Yang et al. predict them
+from the query, inside the sentence).
 """
 
 import math
@@ -26,6 +26,7 @@ from ..cache import PatternCache
 from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import Past
+from ..precision import at_least_float32, outside_autocast
 
 
 def attend(q, k, v, prefix, causal, dropout):
@@ -69,16 +70,11 @@ class Block(Mixer):
             nn.init.zeros_(a)
 
     def mix(self, q, k, v, grid):
-        if v.is_meta:  # which torch.autocast does not know
-            return self.wide_mix(q, k, v, grid)
-        with torch.autocast(v.device.type, enabled=False):
-            return self.wide_mix(q, k, v, grid)
-
-    def wide_mix(self, q, k, v, grid):
-        prefix, wide = grid.prefix_of(q.shape[2]), torch.promote_types(v.dtype, torch.float32)
+        prefix, wide = grid.prefix_of(q.shape[2]), at_least_float32(v)
         of_q, of_k = (F.pad(t, (0, 0, prefix, 0)).expand(q.shape[0], -1, -1, -1) for t in self.channels(grid, wide))
-        q, k = torch.cat([self.scale * q.to(wide), of_q], dim=-1), torch.cat([k.to(wide), of_k], dim=-1)
-        return attend(q, k, v.to(wide), prefix, self.causal, self.dropout).to(v.dtype)
+        with outside_autocast(v):
+            q, k = torch.cat([self.scale * q.to(wide), of_q], dim=-1), torch.cat([k.to(wide), of_k], dim=-1)
+            return attend(q, k, v.to(wide), prefix, self.causal, self.dropout).to(v.dtype)
 
     def channels(self, grid, dtype):
         """What queries and keys get besides, each (heads, N, 4); their product is B."""
@@ -143,6 +139,6 @@ class Nearby:
     def step(self, q, k, v, place: int):
         """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
         of_q, of_k = (t[:, place].expand(len(q), -1, -1) for t in (self.of_q, self.of_k))
-        with torch.autocast(v.device.type, enabled=False):
+        with outside_autocast(v):
             q, k = torch.cat([self.scale * q.to(of_q.dtype), of_q], dim=-1), torch.cat([k.to(of_k.dtype), of_k], dim=-1)
             return self.past.step(q, k, v.to(of_q.dtype), place).to(v.dtype)

@@ -3,8 +3,8 @@
 Gupta & Berant 2020, GMAT, https://arxiv.org/abs/2006.03274
     G_m = softmax over all tokens j of μ_m · k_j d^-½
     A_u = softmax over {v : v in the chunk of u} ∪ {memory m} of q_u · (k_v or κ_m + G_m k) d^-½
-Cost: 2 N (c² + 2 M) d
-M = ``memory`` tokens with a learned query μ and a learned part κ of their key; chunks are ``chunk`` × ``chunk`` pixels.
+Cost: 2 N (c² + 2 memory) d
+``memory`` tokens m with a learned query μ and a learned part κ of their key; chunks are c × c pixels, c = ``chunk``.
 What a pixel takes from a memory token is what that one has read, so every pixel hears every other.
 Deviations: in the paper the memory goes along from layer to layer as tokens of their own, and is read one layer after
 it is written; a block knows one layer, so it writes first and is read then, and the memory starts anew in each. Chunks
@@ -33,7 +33,7 @@ class Block(Mixer):
     """Global memory with local chunks.
 
     Args:
-        memory: number of memory tokens, M.
+        memory: number of memory tokens.
         chunk: pixels of a chunk, an integer or (height, width).
         Others: those of `Mixer`, but ``attn_drop``: what memory has read is no weight to drop.
 

@@ -89,8 +89,8 @@ class Block(Mixer):
     """Hand-crafted attention.
 
     Args:
-        patterns: of equal shares of the heads: "row", "column", "left", "right", "up", "down", "previous_row". None: the
-            first of these, as many as there are heads; causal: of "row", "column", "previous_row", "left", "up".
+        patterns: of equal shares of the heads: "row", "column", "left", "right", "up", "down", "previous_row". None:
+            the first of these, as many as there are heads; causal: of "row", "column", "previous_row", "left", "up".
         causal: only what comes before in raster order, and itself.
         Others: those of `Mixer`, but ``scale``, ``qk_norm`` and ``attn_drop``, which it has no use for.
 

@@ -40,13 +40,8 @@ class Block(Mixer):
 
     def __init__(self, dim, num_heads=None, *, causal: bool = False, attn_drop: float = 0.0, **mixer):
         check.boolean("causal", causal)
-        check.rate("attn_drop", attn_drop)
-        if attn_drop:
-            raise ValueError(
-                f"attn_drop={attn_drop!r}: must be 0: the matrix it would drop from is never made; use proj_drop"
-            )
-        if mixer.get("scale") is not None:
-            raise ValueError(f"scale={mixer['scale']!r}: must be None: no softmax depends on the scale of q · k")
+        check.no_attn_drop(attn_drop)
+        check.no_scale(mixer.get("scale"), "no softmax depends on the scale of q · k")
         super().__init__(dim, num_heads, **mixer)
         self.causal = causal
 

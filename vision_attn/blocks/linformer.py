@@ -2,14 +2,14 @@
 
 Wang et al. 2020, Linformer, https://arxiv.org/abs/2006.04768
     y = softmax(q (E k)ᵀ d^-½) (F v)    E, F: k × N
-Cost: 2 N k d
+Cost: 2 N rank² d
 The paper's E and F belong to one length of text. In two dimensions they are products of a matrix for the rows and one
-for the columns, k = k_H k_W, learned for ``length`` pixels an axis and resized to any other so that their sums stay;
-so one grid's weights serve every grid. ``sharing`` is the paper's: "none", "headwise" (one E and one F for all heads)
-or "key_value" (also E = F; sharing over layers is the host's). ``projection="mean"`` is its pooling variant: means
-over k_H × k_W equal parts of the image, with nothing to learn.
+for the columns, k = k_H k_W (``rank`` each), learned for ``length`` pixels an axis and resized to any other so that
+their sums stay; so one grid's weights serve every grid. ``sharing`` is the paper's: "none", "headwise" (one E and one
+F for all heads) or "key_value" (also E = F; sharing over layers is the host's). ``projection="mean"`` is its pooling
+variant: means over k_H × k_W equal parts of the image, with nothing to learn.
 Prefix tokens are not projected: they stand beside the projected keys.
-Deviations: the factoring over axes. Rows of ``weights``, softmax times F, do not sum to 1, as in the paper.
+Deviations: the factoring over axes. Rows of ``weights``, softmax times F, sum to 1 for means only, as in the paper.
 """
 
 from typing import Literal
@@ -61,6 +61,7 @@ class Block(Mixer):
         check.no_attn_drop(attn_drop)
         super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
         self.rank, self.length = self_rank, self_length
+        self.averages = projection == "mean"
         self.rows = self.columns = None
         if projection == "learned":
             sets, heads = 1 if sharing == "key_value" else 2, self.num_heads if sharing == "none" else 1

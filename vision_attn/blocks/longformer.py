@@ -3,7 +3,7 @@
 Beltagy et al. 2020, Longformer; Zhang et al. 2021, ViL, https://arxiv.org/abs/2004.05150
     A_u = softmax over {v : v in the window of u, dilated by head} ∪ {v : v global} of q_u · k_v d^-½
     A_g = softmax over all v of q'_g · k'_v d^-½, applied to v'_v, for g global
-Cost: 2 N (k² + 2 (tokens + P)) d
+Cost: 2 N (k² + 2 tokens) d
 Global are the prefix tokens of the host (ViL's reading for images: learned tokens) and the first ``tokens`` positions
 in raster order, so that a map without prefix tokens has some and the pattern can be causal. What they look at goes
 through queries, keys and values of their own. With ``causal=True`` all is cut to what comes before.
@@ -33,6 +33,7 @@ from einops import rearrange
 from torch import nn
 
 from .. import check
+from ..grid import Grid
 from ..mixer import PatternMixer, softmax_over
 from ..pattern import Global, Past, PerHead, Window
 
@@ -81,6 +82,7 @@ class Block(PatternMixer):
         self.qkv_global = nn.Linear(dim, sum(self.widths), bias=qkv_bias, device=device, dtype=dtype)
 
     def forward(self, x, grid):
+        grid = Grid.of(grid)
         q, k, v = self.heads(x, grid)
         out, of_global = self.mix(q, k, v, grid), self.of_global(x, grid)
         rest = out.narrow(2, of_global.shape[2], out.shape[2] - of_global.shape[2])
@@ -112,9 +114,7 @@ class Block(PatternMixer):
         return place <= place[:, None]
 
     def attention(self, x, grid):
-        weights = super().attention(x, grid)
-        prefix = grid[0] * grid[1]
-        prefix = x.shape[1] - prefix
+        weights, prefix = super().attention(x, grid), Grid.of(grid).prefix_of(x.shape[1])
         count = prefix + min(self.tokens, x.shape[1] - prefix)
         q, k, _ = self.global_heads(x)
         place = (torch.arange(x.shape[1], device=x.device) - prefix).clamp(min=-1)
@@ -126,7 +126,7 @@ class Block(PatternMixer):
         return WithGlobal(super().new_cache(batch, grid, full=full, device=device, dtype=dtype))
 
     def step(self, x, place, cache):
-        q, k, v = (t[:, :, 0] for t in self.heads(x[:, None], (1, 1)))
+        q, k, v = (t[:, :, 0] for t in self.heads(x[:, None], Grid(1, 1)))
         out = cache.local.step(q, k, v, place)
         if place < self.tokens:
             q, *entries = self.global_heads(x[:, None])

@@ -55,11 +55,8 @@ class Block(Mixer):
     ):
         check.boolean("l2_norm", l2_norm)
         check.boolean("causal", causal)
-        check.rate("attn_drop", attn_drop)
-        if attn_drop:
-            raise ValueError(f"attn_drop={attn_drop!r}: must be 0: all pixels would lose the same; use proj_drop")
-        if mixer.get("scale") is not None:
-            raise ValueError(f"scale={mixer['scale']!r}: must be None: the context has a length of its own")
+        check.no_attn_drop(attn_drop)
+        check.no_scale(mixer.get("scale"), "the context has a length of its own")
         super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
         if l2_norm and self.num_heads == 1:
             raise ValueError("l2_norm=True: needs num_heads > 1: the scores of one head would all be ±1")

@@ -2,11 +2,11 @@
 
 Liu et al. 2018, T-DMCA; Wang et al. 2021, PVT, https://arxiv.org/abs/1801.10198
     A_u = softmax over blocks c of q_u · k̄_c d^-½    k̄_c = Σ_{j in c} W_j k_j    v̄_c = Σ_{j in c} w_j v_j
-Cost: 2 N² / s² d
-Blocks are s × s pixels (``stride``, also the kernel's size), those cut by the border filled with zeros. W is a full
-convolution of each head's keys. With ``causal=True`` a block is seen once it is complete, wholly before the pixel or
-ending with it; before the first there is nothing to see, so a null key, which is learned and worth nothing, stands
-beside them. The newest pixels are then left to other layers or heads, as in the paper, which alternates with local
+Cost: 2 N² d / stride²
+Blocks are ``stride`` × ``stride`` pixels, which is also the kernel's size; those cut by the border are filled with
+zeros. W is a full convolution of each head's keys. With ``causal=True`` a block is seen once it is complete, wholly
+before the pixel or ending with it; before the first there is nothing to see, so a null key, which is learned and
+worth nothing, stands beside them. The newest pixels are then left to other layers or heads, as in the paper, which alternates with local
 attention.
 The paper compresses a line of text by 3; blocks of pixels are its reading in two dimensions, which PVT has too.
 Deviations: values are convolved with one kernel w for all channels of a head, so that the output stays weights @ v
@@ -76,7 +76,7 @@ class Block(Mixer):
         super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
         dd, heads, d = dict(device=device, dtype=dtype), self.num_heads, self.key_dim // self.num_heads
         self.stride, self.causal = stride, causal
-        self.of_keys = nn.Parameter(torch.empty(heads, d, d, *stride, **dd))  # output, input, down, right
+        self.of_keys = nn.Parameter(torch.empty(heads * d, d, *stride, **dd))  # as a grouped convolution has them
         self.of_values = nn.Parameter(torch.empty(heads, *stride, **dd))
         self.null = nn.Parameter(torch.empty(heads, d, **dd)) if causal else None
         self.reset_parameters()
@@ -85,7 +85,7 @@ class Block(Mixer):
 
     def reset_parameters(self) -> None:
         """Keys: N(0, 1 / fan in). Values: the mean of the block. The null key: 0."""
-        nn.init.normal_(self.of_keys, std=self.of_keys[0, 0].numel() ** -0.5)
+        nn.init.normal_(self.of_keys, std=self.of_keys[0].numel() ** -0.5)
         nn.init.constant_(self.of_values, 1 / self.of_values[0].numel())
         if self.null is not None:
             nn.init.zeros_(self.null)
@@ -96,7 +96,7 @@ class Block(Mixer):
             q, k, v = q.float(), k.float(), v.float()
         keys, values = self.blocks(k[:, :, prefix:], grid), self.blocks(v[:, :, prefix:], grid)
         # (B, heads, blocks, p q, d)
-        keys = keys.flatten(3) @ rearrange(self.of_keys.to(k.dtype), "n o i p q -> n (p q i) o")
+        keys = keys.flatten(3) @ rearrange(self.of_keys.to(k.dtype), "(n o) i p q -> n (p q i) o", n=k.shape[1])
         values = (self.of_values.to(v.dtype).flatten(1)[:, None, None] @ values)[..., 0, :]
         keys, values = [k[:, :, :prefix], keys], [v[:, :, :prefix], values]
         if self.causal:
@@ -135,7 +135,7 @@ class Block(Mixer):
         image = F.pad(
             k[:, :, prefix:].mT.unflatten(3, grid).flatten(1, 2), (0, right * r - width, 0, down * p - height)
         )
-        keys = F.conv2d(image, self.of_keys.to(q.dtype).flatten(0, 1), stride=self.stride, groups=q.shape[1])
+        keys = F.conv2d(image, self.of_keys.to(q.dtype), stride=self.stride, groups=q.shape[1])
         keys = keys.flatten(2).unflatten(1, (q.shape[1], -1)).mT  # (B, heads, blocks, d)
         scores = [q @ k[:, :, :prefix].mT, q @ keys.mT]
         if self.causal:

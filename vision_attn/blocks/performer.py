@@ -19,7 +19,6 @@ Deviations: no ε is added to the features, which the paper's code does. Exponen
 drawn from torch's generator when the block is made. The QR factor is made uniform, which the code's is not.
 """
 
-import contextlib
 import math
 
 import torch
@@ -30,6 +29,7 @@ from .. import check
 from ..kernel import Recurrence, attend, attend_past, normalised, state, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
+from ..precision import at_least_float32, outside_autocast
 
 
 class Block(Mixer):
@@ -57,11 +57,7 @@ class Block(Mixer):
         **mixer,
     ):
         check.boolean("causal", causal)
-        check.rate("attn_drop", attn_drop)
-        if attn_drop:
-            raise ValueError(
-                f"attn_drop={attn_drop!r}: must be 0: the matrix it would drop from is never made; use proj_drop"
-            )
+        check.no_attn_drop(attn_drop)
         super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
         width = self.key_dim // self.num_heads
         features = max(16, round(width * math.log(width))) if features is None else features
@@ -152,14 +148,3 @@ class State(Recurrence):
     def step(self, q, k, v, place):
         with outside_autocast(q):
             return super().step(q, k, v, place)
-
-
-def at_least_float32(x: Tensor) -> torch.dtype:
-    """The type of ``x``, or float32 if that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def outside_autocast(x: Tensor):
-    """A context in which torch multiplies in the types it is given: half of one is too little for an exponent."""
-    # the meta device has no autocast
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -9,7 +9,14 @@ With ``causal=True`` a position looks at itself and at what comes before it in r
 of all and see only one another.
 Deviations: the paper's chain runs through all layers of a network, with the rest of each layer between them. A block
 knows only its own: the chain is of the ``layers`` of one block, each with projections of its own, and between them is
-a residual connection and nothing else. The output is the update x_L - x_0; adding the input is the host's.
+a residual connection and nothing else. The output is the update x_L - x_0; adding the input is the host's. The
+authors' code can divide S_l by l, for networks of 30 layers and more: left out.
+
+>>> from vision_attn import Grid
+>>> print(Past().draw(Grid(3, 5), 1, 3))
+#####
+###@-
+-----
 """
 
 from functools import partial
@@ -111,7 +118,7 @@ class JoinedPast:
         chain: the layers.
         batch: number of images.
         grid: of the image that is made.
-        full: keep and read everything, and mask nothing.
+        full: as of `PatternCache`.
     """
 
     def __init__(self, chain, batch: int, grid: Grid, full: bool, device=None, dtype=None):

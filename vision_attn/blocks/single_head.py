@@ -82,46 +82,38 @@ class Block(PatternMixer):
         return self.proj_drop(attended + self.proj(self.norm(x + attended)))
 
 
-class Gated(nn.Module):
-    """Queries, keys and values side by side, each channel behind a learned gate."""
+class Gated(nn.Linear):
+    """Queries, keys and values side by side, each channel behind a learned gate; the matrix is that of queries."""
 
     def __init__(self, dim: int, key_dim: int, bias: bool, device=None, dtype=None):
-        super().__init__()
         dd = dict(device=device, dtype=dtype)
-        self.dim, self.key_dim = dim, key_dim
-        self.linear = nn.Linear(dim, key_dim if key_dim == dim else 2 * key_dim, bias=bias, **dd)
+        super().__init__(dim, key_dim if key_dim == dim else 2 * key_dim, bias=bias, **dd)
         self.norm = nn.LayerNorm(key_dim, **dd)
         self.over = nn.Linear(dim, 2 * dim, **dd)
-        self.q_gate, self.k_gate, self.v_gate = (nn.Parameter(torch.empty(n, **dd)) for n in (key_dim, key_dim, dim))
-        self.reset_parameters()
+        self.q_gate, self.k_gate, self.v_gate = (nn.Parameter(torch.zeros(n, **dd)) for n in (key_dim, key_dim, dim))
 
     def reset_parameters(self) -> None:
-        """Opens the gates half."""
-        for gate in (self.q_gate, self.k_gate, self.v_gate):
-            nn.init.zeros_(gate)
-
-    @property
-    def weight(self) -> Tensor:
-        """A parameter, whose type and device are those of the others."""
-        return self.linear.weight
+        """Draws the matrix anew, and opens the gates half."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_gate"):
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Float[Tensor, "B tokens dim"]) -> Float[Tensor, "B tokens q_k_v"]:
         """Queries, keys and values of ``x``."""
-        projected = self.linear(x)
-        q, k = (projected, x) if self.key_dim == self.dim else projected.chunk(2, dim=-1)
+        projected = super().forward(x)
+        q, k = (projected, x) if len(self.q_gate) == self.in_features else projected.chunk(2, dim=-1)
         f, c = self.over(self.v_gate.sigmoid()).chunk(2)
         gated = self.q_gate.sigmoid() * self.norm(q), self.k_gate.sigmoid() * k, f.sigmoid() * c.tanh() * x
         return torch.cat(gated, dim=-1)
 
 
-class Boom(nn.Module):
+class Boom(nn.Linear):
     """A feed-forward layer without the second matrix: the wide activations are summed, chunk by chunk."""
 
     def __init__(self, dim: int, chunks: int, bias: bool, device=None, dtype=None):
-        super().__init__()
-        self.chunks = chunks
-        self.linear = nn.Linear(dim, chunks * dim, bias=bias, device=device, dtype=dtype)
+        super().__init__(dim, chunks * dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Float[Tensor, "*B dim"]) -> Float[Tensor, "*B dim"]:
         """The layer's output."""
-        return F.gelu(self.linear(x)).unflatten(-1, (self.chunks, -1)).sum(dim=-2)
+        return F.gelu(super().forward(x)).unflatten(-1, (-1, self.in_features)).sum(dim=-2)

@@ -87,7 +87,7 @@ class Block(Mixer):
         if self.causal:
             future = torch.ones(grid.width, grid.width, dtype=torch.bool, device=v.device).triu(1)
             own = across.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=wide).to(v.dtype) @ image
-            share = down.diagonal(dim1=-2, dim2=-1)[..., None].transpose(2, 3)  # of the own row, (B, heads, H, W, 1)
+            share = down.diagonal(dim1=-2, dim2=-1)[..., None].transpose(-3, -2)  # of the own row, (…, H, W, 1)
             out = (down.tril(-1) @ rows.transpose(2, 3)).transpose(2, 3) + share * own
         else:
             out = (down @ rows.transpose(2, 3)).transpose(2, 3)

@@ -1,0 +1,20 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vision_attn.resize import stretch
+
+
+@pytest.mark.parametrize("old, new", [(7, 19), (19, 7), (5, 6), (1, 11), (11, 1), (2, 3)])
+def test_it_is_the_linear_interpolation_of_torch(old, new):
+    table = torch.randn(3, 2, old, dtype=torch.float64)
+    matrix = stretch(old, new, dtype=torch.float64)
+    expected = F.interpolate(table, size=new, mode="linear", align_corners=False)
+    torch.testing.assert_close(table @ matrix.mT, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(matrix.sum(dim=1), torch.ones(new, dtype=torch.float64))  # constants stay
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_at_its_own_size_it_is_the_identity(dtype):
+    for size in (1, 2, 7, 263):  # exactly, also where the type has not a number for each pixel
+        assert torch.equal(stretch(size, size, dtype=dtype), torch.eye(size, dtype=dtype))

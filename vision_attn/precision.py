@@ -1,0 +1,17 @@
+"""Where numbers must be wider than their tensors."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """The type of ``x``, or float32 if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def outside_autocast(x: Tensor):
+    """A context in which torch multiplies in the types it is given, on the device of ``x``."""
+    # the meta device has no autocast
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
