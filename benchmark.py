@@ -7,8 +7,9 @@
 For each block and size, forward and forward + backward ("step"): milliseconds (minimum over interleaved repeats), peak
 memory of a step beyond the inputs, floating-point operations of a forward. Dense is torch's attention without a mask
 (of a causal block: with `is_causal`); masked is the same with the block's pattern as a boolean mask (that of the first
-head for all: one for each would be slower still). Machines are noisy: trust the ratios. Writes a CSV, and a plot of
-time and memory against the number of pixels with fitted exponents.
+head for all: one for each would be slower still). Machines are noisy: trust the ratios. Writes a CSV, a plot of
+time and memory against the number of pixels with fitted exponents, and these in a second CSV, with the size from
+which on each block beats dense.
 """
 
 import itertools
@@ -42,7 +43,7 @@ def calls_of(
     )
     calls = {"block": lambda: [step.mix(q, k, v, grid) for step in steps]}
     if not made.steps:
-        x = torch.randn(1, grid.size, heads * channels, device=device, dtype=dtype, requires_grad=True)
+        x = torch.randn(1, grid.size, heads * channels, device=device, dtype=dtype)
         calls["block"] = lambda: [made(x, grid)]
     if dense:
         calls["dense"] = lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=step.causal) for step in steps]
@@ -88,10 +89,10 @@ def measure(
             ms = best.get((other, kind))
             row[f"{kind}: {other} / block"] = f"{ms / best['block', kind]:.2f}" if ms else "not run"
     for route in ("block", "dense", "masked"):
-        row[f"{route} MiB"] = f"{peak_memory(step(calls[route]), device):.1f}" if route in calls else "not run"
+        row[f"{route} MiB"] = f"{peak_memory(step(calls[route]), device):.3f}" if route in calls else "not run"
     for route in ("block", "dense"):
         with FlopCounterMode(display=False) as counter:
-            forward(calls.get(route, list))()
+            calls.get(route, list)()
         row[f"{route} GFLOP"] = f"{counter.get_total_flops() / 1e9:.3f}" if route in calls else "not run"
     return row
 
@@ -100,6 +101,37 @@ def exponent(sizes: list[float], values: list[float]) -> float:
     """The slope of a straight line through log values against log sizes."""
     x, y = (torch.tensor(some).double().log() for some in (sizes, values))
     return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+
+
+def growth(rows: list[dict]) -> list[dict]:
+    """How time and memory of a step grow with the number of pixels N, and from which size on each block beats dense.
+
+    Dense is the row of that block, causal for causal ones, of the same run. The exponent is of N: 1 is linear.
+    """
+    found = []
+    for name in dict.fromkeys(map(label, rows)):
+        some = [row for row in rows if label(row) == name]
+        sizes = [row["height"] * row["width"] for row in some]
+        if len(set(sizes)) < 2:
+            continue
+        baseline = "dense causal=True" if "causal=True" in name else "dense"
+        dense = {(row["height"], row["width"]): row for row in rows if label(row) == baseline}
+        summary = {"block": some[0]["block"], "options": some[0]["options"], "of": f"{len(sizes)} sizes"}
+        for column, title in (("step ms", "time"), ("block MiB", "memory")):
+            summary[f"{title}, exponent"] = f"{exponent(sizes, [float(row[column]) for row in some]):.2f}"
+            wins, largest = "not run", "not run"
+            pairs = [(row, dense.get((row["height"], row["width"]))) for row in some]
+            pairs = [(row, other) for row, other in pairs if other]
+            if pairs:
+                ratios = [float(other[column]) / float(row[column]) for row, other in pairs]
+                lost = [place for place, ratio in enumerate(ratios) if ratio <= 1]
+                first = lost[-1] + 1 if lost else 0  # behind the last size where it loses
+                row = pairs[first][0] if first < len(pairs) else None
+                wins, largest = f"{row['height']}×{row['width']}" if row else "never", f"{ratios[-1]:.2f}"
+            summary[f"{title}: wins from"] = wins
+            summary[f"{title}: dense / block at the largest"] = largest
+        found.append(summary)
+    return found
 
 
 def label(row: dict) -> str:
@@ -113,12 +145,13 @@ def plot(rows: list[dict], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    names = dict.fromkeys(map(label, rows))
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, max(6, 0.15 * len(names))), layout="constrained")
     shown = ("step ms", "forward + backward, ms"), ("block MiB", "peak memory of a step, MiB")
     colors = {block: f"C{i % 10}" for i, block in enumerate(dict.fromkeys(row["block"] for row in rows))}
-    markers = {block: "osD^"[i // 10] for i, block in enumerate(colors)}
+    markers = {block: "osD^vP"[i // 10 % 6] for i, block in enumerate(colors)}
     for axis, (column, unit) in zip(axes, shown):
-        for name in dict.fromkeys(map(label, rows)):
+        for name in names:
             some = [row for row in rows if label(row) == name]
             sizes, values = [row["height"] * row["width"] for row in some], [float(row[column]) for row in some]
             grows = f" ~ N^{exponent(sizes, values):.2f}" if len(some) > 1 else ""
@@ -170,6 +203,8 @@ def benchmark(
     ]
     target = write(path, "mixers", rows, device)
     plot(rows, target.with_suffix(".png"))
+    if summaries := growth(rows):
+        write(str(target.with_name(f"{target.stem}-exponents.csv")), "mixers-exponents", summaries, device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The scripts beside training: they do what their first lines say, and bad input gets one line and exit code 2."""
 
 import csv
+import math
 import runpy
 from pathlib import Path
 
@@ -123,6 +124,22 @@ def test_benchmark_writes_ratios(tmp_path):
         masked = row["height"] == "3" and bool(steps) and all(hasattr(step, "pattern") for step in steps)
         assert (row["step: masked / block"] == "not run") != masked
     assert path.with_suffix(".png").stat().st_size > 1000
+    growth = list(csv.DictReader(path.with_name("mixers-exponents.csv").read_text(encoding="utf-8").splitlines()[1:]))
+    assert len(growth) == len(rows) / 2
+    assert all(math.isfinite(float(row[f"{what}, exponent"])) for row in growth for what in ("time", "memory"))
+
+
+def test_benchmark_tells_from_which_size_a_block_wins():
+    def row(block, side, ms):
+        return {"block": block, "options": "", "height": side, "width": side, "step ms": ms, "block MiB": 1}
+
+    dense = [row("dense", side, side**4) for side in (2, 3, 5, 7)]
+    linear = [row("linear", side, 11 * side**2) for side in (2, 3, 5, 7)]
+    slow = [row("slow", side, 9 * side**4) for side in (2, 3, 5, 7)]
+    found = {each["block"]: each for each in script("benchmark")["growth"]([*dense, *linear, *slow])}
+    assert [found[n]["time: wins from"] for n in ("dense", "linear", "slow")] == ["never", "5×5", "never"]
+    assert [found[n]["time, exponent"] for n in ("dense", "linear", "slow")] == ["2.00", "1.00", "2.00"]
+    assert found["linear"]["time: dense / block at the largest"] == f"{7**2 / 11:.2f}"
 
 
 def test_benchmark_fits_exponents():

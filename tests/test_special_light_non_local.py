@@ -54,6 +54,15 @@ def test_only_pixels_on_the_stride_are_looked_at():
         assert changed == (35 if y % 3 == column % 3 == 0 else 1)
 
 
+def test_its_map_shows_how_much_the_mean_pixel_compares_with_each_that_is_looked_at():
+    block, x = bare(ratio=0.5, stride=2), torch.randn(2, DIM, *SIZE, dtype=torch.float64)
+    for image, shown in zip(x[:, :3], block.attention_map(x)):
+        mean = image.flatten(1).mean(dim=1)
+        alike = [[abs((mean * image[:, y // 2 * 2, x // 2 * 2]).sum()) for x in range(7)] for y in range(5)]
+        torch.testing.assert_close(shown, torch.tensor(alike).double() / max(map(max, alike)), rtol=1e-6, atol=0)
+    assert torch.equal(block.attention_map(0 * x), torch.zeros(2, *SIZE).double())
+
+
 def test_at_least_one_channel_is_compared_and_no_more_than_there_are():
     assert [create_block("light_non_local", DIM, ratio=ratio).compared for ratio in (0.01, 0.5, 1)] == [1, 3, 6]
     for options in ({"ratio": 1.01}, {"ratio": 0.0}, {"stride": 0}, {"stride": (1, 2)}):

@@ -76,6 +76,17 @@ def test_others_look_at_global_tokens_by_the_common_projections():
     assert masks[:, 4:, :4].all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_its_attention_is_that_of_both_projections(prefix, causal):
+    block = lived_in(create_block("longformer", DIM, num_heads=1, kernel_size=3, tokens=4, causal=causal))
+    for linear in (block.qkv, block.qkv_global, block.proj):  # values and output as they are
+        linear.weight.data[-DIM:] = torch.eye(DIM)
+        linear.bias.data[-DIM:] = 0
+    x = torch.randn(2, prefix + GRID.size, DIM, dtype=torch.float64)
+    torch.testing.assert_close(block(x, GRID), block.attention(x, GRID)[:, 0] @ x, rtol=1e-10, atol=1e-12)
+
+
 def test_dilations_are_one_for_each_head_at_least():
     assert [part.first.dilation for part in new().pattern.by_head()] == [(1, 1), (2, 2)]
     assert len(create_block("longformer", 32, num_heads=1).pattern.by_head()) == 1

@@ -11,7 +11,7 @@ DIM, HEADS = 12, 3
 
 
 def new(**options):
-    return lived_in(create_block("star", DIM, num_heads=HEADS, **{"cycles": 1, **options}))
+    return lived_in(create_block("star", DIM, **{"num_heads": HEADS, "cycles": 1, **options}))
 
 
 def torchs(mixer):
@@ -65,10 +65,32 @@ def test_without_a_relay_of_the_host_it_starts_as_the_mean():
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_through_the_relay_any_two_pixels_hear_each_other(prefix):
     block, x = new(kernel_size=1), torch.randn(1, prefix + GRID.size, DIM, dtype=torch.float64)
-    assert (block.attention(x, GRID) > 0).sum() >= GRID.size * (GRID.size if not prefix else 2)
     x.requires_grad_()
     (slope,) = torch.autograd.grad(block(x, GRID)[0, -3].sum(), x)
     assert (slope != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_its_attention_sums_to_one_and_reaches_other_pixels_by_a_relay_that_is_no_token(prefix):
+    block, x = new(cycles=2), torch.randn(2, prefix + GRID.size, DIM, dtype=torch.float64)
+    attention = block.attention(x, GRID)[:, 0]
+    torch.testing.assert_close(attention.sum(dim=-1), torch.ones_like(attention[..., 0]))
+    assert (attention > 0).all() == (prefix == 0)
+
+
+def test_with_relays_of_the_host_its_attention_is_what_goes_through_ring_and_relay():
+    block, x = new(num_heads=1, kernel_size=(3, 5)), torch.randn(2, 2 + GRID.size, DIM, dtype=torch.float64)
+    (cycle,) = block.cycles
+    with torch.no_grad():  # values as they are, and all positive, so that the LeakyReLU does nothing
+        for mixer in (cycle.ring, cycle.relay):
+            mixer.qkv.weight[-DIM:], mixer.proj.weight[:] = torch.eye(DIM), torch.eye(DIM)
+            mixer.qkv.bias[-DIM:], mixer.proj.bias[:] = 0, 0
+        cycle.norm.eps, cycle.norm.weight[:], cycle.norm.bias[:] = 0, 1, 9
+    x = F.layer_norm(x, [DIM], eps=0) + 9
+    of_relay, of_pixels = block.attention(x, GRID)[:, 0].split([2, GRID.size], dim=1)
+    relay = of_relay @ x
+    pixels = of_pixels @ torch.cat([relay, x[:, 2:]], dim=1)
+    torch.testing.assert_close(block(x, GRID), torch.cat([relay, pixels], dim=1), rtol=1e-9, atol=1e-11)
 
 
 def test_rounds_have_projections_of_their_own():

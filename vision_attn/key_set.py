@@ -22,6 +22,12 @@ def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
     return F.pad(x, amounts, value=fill) if torch.compiler.is_compiling() or any(amounts) else x
 
 
+def rows_and_columns(place: Int[Tensor, "..."], width) -> tuple[Int[Tensor, "..."], Int[Tensor, "..."]]:
+    """Row and column of raster indices. Not by %, which no ONNX graph takes with a width that is free."""
+    row = place // width
+    return row, place - row * width
+
+
 def add_at(fold: Callable[[Tensor], Tensor], whole: Tensor, part: Tensor) -> None:
     """Adds each entry of ``part`` where ``fold`` takes it from in ``whole``: the adjoint of ``fold``, in place."""
     target = fold(whole)

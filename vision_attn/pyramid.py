@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .grid import Grid
-from .key_set import Everything, KeySet, Tiles, pad
+from .key_set import Everything, KeySet, Tiles, pad, rows_and_columns
 from .mixer import Mixer, warn_of_blind_spot
 from .pattern import Directed
 from .union import attend
@@ -130,7 +130,7 @@ class Cells(KeySet):
         n = TILE.sizes(*grid)
         number = torch.arange(n["y"] * n["x"], device=device)
         found = []
-        for place, size in zip((number // n["x"], number % n["x"]), TILE.tile):
+        for place, size in zip(rows_and_columns(number, n["x"]), TILE.tile):
             first = place[:, None] * size
             query = first + torch.arange(size, device=device)
             found.append((query, first // self.side - self.radius + torch.arange(self.across, device=device)))
@@ -187,5 +187,5 @@ class AllCells(Cells):
     def mask(self, grid, device):
         down, right = (count(n, self.side) for n in grid)
         query, cell = torch.arange(grid.size, device=device)[:, None], torch.arange(down * right, device=device)
-        places = query // grid.width, query % grid.width, cell // right, cell % right
+        places = *rows_and_columns(query, grid.width), *rows_and_columns(cell, right)
         return (self.sees(places[:2], places[2:]) & self.there(*places, grid))[None]

@@ -7,9 +7,8 @@ Tiles are ``tile`` × ``tile`` pixels; beside means the 3 × 3 tiles around; glo
 raster order, which see all and are seen by all, and the prefix tokens of the host. For each head and each tile
 ``drawn`` tiles are drawn among those that are not beside it. The draw is a table of random numbers, made from ``seed``
 and kept in the state dict, which serves grids of any size: number u picks the u-th share of the tiles to choose from.
-With
-``causal=True`` tiles are drawn among earlier ones, and all is cut to what comes before in raster order: past pixels
-of later tiles, right of a pixel in the rows above it, are left to other layers but for those beside.
+With ``causal=True`` tiles are drawn among earlier ones, and all is cut to what comes before in raster order: past
+pixels of later tiles, right of a pixel in the rows above it, are left to other layers but for those beside.
 Blocks on a line of text become tiles. The paper's three parts are exact; every tile has nearly the same chance.
 Deviations: the tiles to choose from are split into ``drawn`` runs with one drawn from each, so that none is drawn twice
 (the code draws without replacement). The code's global blocks are the first and the last.
@@ -34,7 +33,7 @@ from einops import rearrange
 from torch import nn
 
 from .. import check
-from ..key_set import KeySet, Neighbours, Tiles
+from ..key_set import KeySet, Neighbours, Tiles, rows_and_columns
 from ..mixer import PatternMixer, warn_of_blind_spot
 from ..pattern import Directed, Global, Past, Pattern, PerHead
 
@@ -60,7 +59,7 @@ class Draws(nn.Module):
         """Tiles drawn for each of down × right tiles, (tiles, drawn); -1 where there is none left to draw."""
         count, device = down * right, self.table.device
         tile = torch.arange(count, device=device)
-        y, x = tile // right, tile % right
+        y, x = rows_and_columns(tile, right)
         choice = ((y[:, None] - y).abs() > 1) | ((x[:, None] - x).abs() > 1)
         if past:
             choice = choice & (tile < tile[:, None])
@@ -184,4 +183,5 @@ class Block(PatternMixer):
         by_head = tuple(Drawn(tile, head, self.draws, past=causal) for head in range(self.num_heads))
         pattern = PerHead(tuple(Beside(tile) | one | Global(tokens) for one in by_head))
         self.pattern = pattern & Past() if causal else pattern
-        warn_of_blind_spot(self)
+        if not self.draws.table.is_meta:  # nothing is drawn there
+            warn_of_blind_spot(self)

@@ -7,8 +7,8 @@ Cost: 2 N (k² + 2 windows²) d
 The four pieces are the paper's: global to global, global to local, local to global, and local to local within a
 window of k × k pixels around each. Each has a bilinear form of its own (U; the identity for local to local) and learned
 labels for the relative position, here in two dimensions: of pixels, or of windows. A block has no global tokens of
-its own to keep, so they are made anew: the image is cut into G = ``windows`` parts, whatever its size, and token w
-starts as the mean γ of its window's queries, keys and values, then reads, and is read.
+its own to keep, so they are made anew: the image is cut into G = ``windows`` × ``windows`` parts, whatever its size,
+and token w starts as the mean γ of its window's queries, keys and values, then reads, and is read.
 Deviations: those; values have one projection for all pieces, and U acts within a head, so that the output stays
 weights @ v. Prefix tokens look at all tokens and all look at them, without labels. ETC's pretraining is not here.
 """

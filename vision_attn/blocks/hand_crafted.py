@@ -7,7 +7,7 @@ There are no queries and keys: what is looked at does not depend on the image. `
 the heads have, in order; by default as many heads as there are take the row, the column and a step to each side. A
 step stops at the border. With ``causal=True`` rows and columns end at the pixel itself, and the row above joins them:
 without it, what is right of a pixel in the rows above is never heard.
-Prefix tokens look at all tokens alike, and positions do not look at them.
+Prefix tokens look at all tokens alike (causal: at one another), and positions do not look at them.
 The source crafts attention for a line of audio frames by hand (fixed diagonals, blocks and verticals); these are
 their counterparts on a grid.
 Deviations: see above; the source's other baselines without q · k are a block of their own, `synthesizer`.

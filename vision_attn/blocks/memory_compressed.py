@@ -6,8 +6,8 @@ Cost: 2 N² d / stride²
 Blocks are ``stride`` × ``stride`` pixels, which is also the kernel's size; those cut by the border are filled with
 zeros. W is a full convolution of each head's keys. With ``causal=True`` a block is seen once it is complete, wholly
 before the pixel or ending with it; before the first there is nothing to see, so a null key, which is learned and
-worth nothing, stands beside them. The newest pixels are then left to other layers or heads, as in the paper, which alternates with local
-attention.
+worth nothing, stands beside them. The newest pixels are then left to other layers or heads, as in the paper, which
+alternates with local attention.
 The paper compresses a line of text by 3; blocks of pixels are its reading in two dimensions, which PVT has too.
 Deviations: values are convolved with one kernel w for all channels of a head, so that the output stays weights @ v
 (the paper: a full convolution; mixing channels is left to the projections). The scale is that of a head's width (a
@@ -51,7 +51,7 @@ class Block(Mixer):
 
     Args:
         stride: pixels in a block, an integer or (height, width).
-        causal: only blocks wholly before in raster order.
+        causal: only blocks without a pixel behind the query in raster order.
         Others: those of `Mixer`.
 
     Raises:

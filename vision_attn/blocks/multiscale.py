@@ -3,9 +3,9 @@
 Subramanian et al. 2020, Multi-scale Transformer, https://arxiv.org/abs/2005.00581
     A_u = softmax over {c : c a cell of level l, at most r cells from the one of u} of q_u · k̄_c d^-½
 Cost: 2 N levels k² d
-Cells of level l have ``scale``^l pixels a side; their keys and values are the means k̄, v̄ over them. The window has
-k = 2 r + 1 = ``kernel_size`` cells a side at each level, so that what is near is seen at every scale, and what is far
-only coarsely. With ``causal=True`` a cell is seen once it is complete: wholly before the pixel in raster order.
+Cells of level l have ``scale_factor``^l pixels a side; their keys and values are the means k̄, v̄ over them. The window
+has k = 2 r + 1 = ``kernel_size`` cells a side at each level, so that what is near is seen at every scale, and what is
+far only coarsely. With ``causal=True`` a cell is seen once it is complete: no pixel of it is behind the query.
 The paper has several language models; this is one layer of the one it calls retina, in two dimensions.
 Deviations: cells are means of keys and values (the paper's coarse tokens are made by layers of their own).
 
@@ -81,6 +81,8 @@ class Block(PyramidMixer):
         radius, _ = (size // 2 for size in check.odd_pair("kernel_size", kernel_size))
         check.positive_int("scale_factor", scale_factor)
         check.positive_int("levels", levels)
+        if scale_factor ** (levels - 1) >= 2**61:
+            raise ValueError(f"levels={levels!r}: cells must have less than 2^61 pixels a side")
         check.boolean("causal", causal)
         check.no_attn_drop(attn_drop)
         super().__init__(Retina(radius, scale_factor, levels, past=causal), dim, num_heads, **mixer)

@@ -10,7 +10,8 @@ the axes: first along the row of each pixel, then along the column, so that ever
 cost of two axes. The logits are learned for ``length`` pixels an axis and resized linearly to any other. The first
 layer of the network is the projection to queries; there are no keys.
 With ``causal=True`` a pixel takes from whole rows above and from its own row up to itself, exactly all of the past.
-Prefix tokens have no place to learn logits for: their score is 0, and they look at all tokens alike.
+Prefix tokens have no place to learn logits for: their score is 0, and they look at all tokens alike (causal: at one
+another).
 Deviations: the paper's factorized dense form repeats and multiplies two short logits; here it is the factoring over
 axes of every form. Mixtures are of dense and random logits.
 """
