@@ -57,6 +57,8 @@ OPTIONS = {
     ],
     "window": [{}, {"kernel_size": (3, 5)}],
 }
+# One block of each engine and kind: with the others, what takes long is left to `make test-all`.
+OFTEN = ("cbam", "criss_cross", "dense", "linear", "multiscale", "talking_heads")
 # Parameters that a softmax can't feel, because it does not see a constant: their gradient is 0.
 UNFELT = {"global_context": frozenset({"key.bias"})}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import cases, short_name
+from conftest import OFTEN, block_of, cases, short_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,13 +15,13 @@ from vision_attn.zoo import block_class
 
 
 def all_that_applies():
-    """Every property with every case; those that take long with the first options of a block alone."""
+    """Every property with every case; those that take long with a few blocks and their first options alone."""
     for each in PROPERTIES:
-        seen = set()
+        left = set(OFTEN)
         for case in cases():
             if each.applies(case):
-                long = each.slow and case.block_class in seen
-                seen.add(case.block_class)
+                long = each.slow and block_of(case) not in left
+                left.discard(block_of(case))
                 marks = [pytest.mark.slow] if long else []
                 yield pytest.param(each, case, id=f"{each.name}-{short_name(case)}", marks=marks)
 

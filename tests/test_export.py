@@ -12,10 +12,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import alive, every_block
+from conftest import OFTEN, alive, every_block
 from torch import nn
 
 import backbones
+from vision_attn import list_blocks
 
 ROOT = Path(__file__).parent.parent
 SIZES = [(1, 40, 28), (3, 52, 44), (2, 4, 60)]  # not among those that export_onnx itself tries
@@ -47,8 +48,15 @@ def shape_of_input(path):
 # Right graphs
 
 
-@every_block
-@pytest.mark.parametrize("make, args", [(resnet, {}), (vit, dict(dynamic_img_size=True))], ids=["resnet", "vit"])
+def hosts_of_blocks():
+    """Every block in a ViT; in a ResNet, which takes longer, a few."""
+    for block in list_blocks():
+        yield pytest.param(vit, dict(dynamic_img_size=True), block, id=f"vit-{block}")
+        marks = () if block in OFTEN else pytest.mark.slow
+        yield pytest.param(resnet, {}, block, id=f"resnet-{block}", marks=marks)
+
+
+@pytest.mark.parametrize("make, args, block", list(hosts_of_blocks()))
 def test_every_block_exports_for_any_size(tmp_path, make, args, block):
     model = alive(make(block, **args)).eval()
     errors = backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36))

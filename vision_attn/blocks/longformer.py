@@ -70,11 +70,17 @@ class Block(PatternMixer):
         check.boolean("causal", causal)
         check.positive_int("dim", dim)
         radius = tuple(size // 2 for size in check.odd_pair("kernel_size", kernel_size))
+        if num_heads is not None:
+            check.positive_int("num_heads", num_heads)
         if dilation is None:
             dilation = (1, 2) if (num_heads or dim) > 1 else (1,)
-        if not isinstance(dilation, (tuple, list)) or not dilation:
+        if (
+            not isinstance(dilation, (tuple, list))
+            or not dilation
+            or not all(type(n) is int and n > 0 for n in dilation)
+        ):
             raise ValueError(f"dilation={dilation!r}: must be a list of integers ≥ 1")
-        windows = tuple(Window(radius, check.pair("dilation", step)) for step in dilation)
+        windows = tuple(Window(radius, (step, step)) for step in dilation)
         pattern = (PerHead(windows) if len(windows) > 1 else windows[0]) | Global(tokens)
         pattern = pattern & Past() if causal else pattern
         super().__init__(pattern, dim, num_heads, qkv_bias=qkv_bias, device=device, dtype=dtype, **mixer)

@@ -133,7 +133,7 @@ def scale_is_one_over_the_root_of_the_key_channels_or_refused(case):
 @holds_for("mixer")
 def queries_and_keys_are_normalised_on_request(case):
     """``qk_norm`` gives each head's queries mean 0 and variance 1, or is refused by name; biases can be left out."""
-    plain, x = case.block(qkv_bias=False, proj_bias=False), 3 * case.input(GRID)  # beside which LayerNorm's ε is small
+    plain, x = case.block(qkv_bias=False, proj_bias=False), case.input(GRID)
     assert not {name for name, _ in plain.named_parameters() if name.endswith(("qkv.bias", "proj.bias"))}
     try:
         block = case.block(qk_norm=True)
@@ -143,9 +143,10 @@ def queries_and_keys_are_normalised_on_request(case):
     with case.trying(grid=GRID):
         for step in block.steps:
             nn.init.ones_(step.q_norm.weight), nn.init.zeros_(step.q_norm.bias)
+            step.q_norm.eps = 0
             q, _, _ = step.heads(x, GRID)
             assert_equal(q.mean(-1), torch.zeros_like(q[..., 0]))
-            torch.testing.assert_close(q.var(-1, unbiased=False), torch.ones_like(q[..., 0]), rtol=1e-3, atol=0)
+            assert_equal(q.var(-1, unbiased=False), torch.ones_like(q[..., 0]))
 
 
 @holds_for("causal")
@@ -160,7 +161,8 @@ def the_future_has_no_effect(case):
                 changed[:, 5 + place + 1 :] = 10 * size * torch.randn_like(changed[:, 5 + place + 1 :])
                 other = block(changed, GRID)
                 assert torch.equal(other[:, : 5 + place + 1], out[:, : 5 + place + 1])
-                assert (other[:, 5 + place + 1 :] != out[:, 5 + place + 1 :]).any(-1).all()
+                if dtype == torch.float64:  # large scores may hear but one, which is not changed
+                    assert (other[:, 5 + place + 1 :] != out[:, 5 + place + 1 :]).any(-1).all()
 
 
 @holds_for("causal")

@@ -112,10 +112,16 @@ KINDS = {
     "any": lambda case: True,
     "mixer": lambda case: case.is_mixer,
     "gate": lambda case: not case.is_mixer,
-    "average": lambda case: case.is_mixer and all(step.averages for step in case.new(device="meta").steps),
+    "average": lambda case: all_steps(case, lambda step: step.averages),
     "causal": lambda case: bool(case.options.get("causal")),
-    "softmax": lambda case: case.is_mixer and all(map(is_softmax_of_products, case.new(device="meta").steps)),
+    "softmax": lambda case: all_steps(case, is_softmax_of_products),
 }
+
+
+def all_steps(case: Case, holds: Callable[[Mixer], bool]) -> bool:
+    """Whether it is a mixer with steps, and something holds for all of them."""
+    steps = case.new(device="meta").steps if case.is_mixer else ()
+    return bool(steps) and all(map(holds, steps))
 
 
 def is_softmax_of_products(step: Mixer) -> bool:

@@ -1,5 +1,6 @@
 """Input that breaks careless code: odd sizes, narrow types, huge and tiny numbers, unusual memory."""
 
+import copy
 import itertools
 
 import torch
@@ -72,16 +73,19 @@ def assert_finite_where(found, exact, same):
 
 @holds_for("any")
 def large_scores_stay_finite(case):
-    """Scores beyond the range of float16 and of exp stay finite."""
+    """Scores beyond the range of float16 and of exp give finite outputs, where the outputs have that range."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         block = case.block().to(dtype)
+        exact_block = copy.deepcopy(block).double()
         with case.trying(dtype=dtype):
-            for fast, _, inputs in sides(block, GRID, 5):
+            for (fast, _, inputs), (_, exact, _) in zip(sides(block, GRID, 5), sides(exact_block, GRID, 5)):
                 inputs = [(300 * x).to(dtype).requires_grad_() for x in inputs]
                 out = fast(*inputs)
-                out.float().mean().backward()
-                assert out.isfinite().all()
-                assert all(x.grad.isfinite().all() for x in inputs if x.grad is not None)  # some make no use of q or k
+                most = exact(*(x.detach().double() for x in inputs)).abs().max()
+                if most < torch.finfo(dtype).max / 16:
+                    assert out.isfinite().all()
+                    slopes = torch.autograd.grad(out.float().mean(), inputs, **UNUSED)  # some make no use of q or k
+                    assert all(slope.isfinite().all() for slope in slopes)
 
 
 @holds_for("any")
