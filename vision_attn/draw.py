@@ -12,6 +12,7 @@ from torch import Tensor
 from .gate import Gate
 from .grid import Grid
 from .mixer import Mixer
+from .pyramid import PyramidMixer
 
 SHADES = ".:-=+*%#"  # light to dark
 
@@ -43,7 +44,7 @@ def looks(block: Mixer | Gate, grid: Grid, query: tuple[int, int], seed: int = 0
     found, tokens, steps = [], image.flatten(2).mT, block.steps or (block,)
     for number, step in enumerate(steps, start=1):
         which = f"step {number} of {len(steps)}, " if len(steps) > 1 else ""
-        if hasattr(step, "pattern"):
+        if hasattr(step, "pattern") and not isinstance(step, PyramidMixer):  # of a pyramid, cells tell more
             seen = of_pattern(step, grid, query)
         else:
             weights = step.attention(tokens, grid)[0, :, query[0] * grid.width + query[1]].mean(dim=0)

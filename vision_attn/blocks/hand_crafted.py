@@ -1,6 +1,6 @@
 """Hand-crafted attention: each head takes one fixed thing, a pixel beside, the mean of the row, the mean of the column.
 
-Yang et al. 2020, Understanding Self-Attention of Self-Supervised Audio Transformers, https://arxiv.org/abs/2006.03265
+Wu et al. 2020, Hand-crafted Attention, https://arxiv.org/abs/2006.05174
     A_u = 1 / |S_h(u)| on S_h(u), by head: {u + one step}, the row of u, the column of u, the row above
 Cost: N d
 There are no queries and keys: what is looked at does not depend on the image. ``patterns`` names what equal shares of
