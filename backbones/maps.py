@@ -55,8 +55,8 @@ def attention_maps(model: nn.Module, images: Tensor, at: str = "*") -> dict[str,
 
 
 def _received(mixer: Mixer, x: Tensor, grid: Grid) -> Tensor:
-    """Attention that each position of the grid receives, (B, H, W)."""
-    matrix = mixer.attention(x, grid)[..., x.shape[1] - grid.size :]
+    """Attention that each position of the grid receives, signs aside, (B, H, W)."""
+    matrix = mixer.attention(x, grid)[..., x.shape[1] - grid.size :].abs()
     return matrix.mean(dim=1).sum(dim=1).unflatten(1, tuple(grid))
 
 

@@ -4,12 +4,12 @@ import numpy
 import pytest
 import timm
 import torch
-from conftest import GATES, MIXERS, every_block, every_mixer
+from conftest import GATES, MIXERS, every_block
 from PIL import Image
 from torch import nn
 
 import backbones
-from vision_attn import create_layer, list_blocks
+from vision_attn import create_block, create_layer, list_blocks
 
 
 def alive(model: nn.Module) -> nn.Module:
@@ -65,22 +65,25 @@ def test_images_have_maps_of_their_own(block):
     maps = backbones.attention_maps(model, x)
     one = backbones.attention_maps(model, x[1:2])
     for name, values in maps.items():
-        torch.testing.assert_close(one[name], values[1:2])
-        assert not torch.allclose(values[0], values[1])
+        torch.testing.assert_close(one[name], values[1:2], rtol=1e-4, atol=1e-5)
+        assert torch.allclose(values[0], values[1]) == (block == "hand_crafted")  # which looks at no image
     assert all(m.shape == (2, 7, 3) for m in backbones.attention_maps(model, images(28, 12, batch=2)).values())
 
 
-@every_mixer
+AVERAGES = [name for name in MIXERS if all(step.averages for step in create_block(name, 32).steps)]
+
+
+@pytest.mark.parametrize("block", AVERAGES)
 def test_maps_of_a_mixer_are_one_on_average(block):
     """Without prefix tokens all attention falls on the map."""
     without = vit(block, img_size=(20, 44), class_token=False, global_pool="avg")
     for model, size in ((without, (20, 44)), (resnet(block), (29, 37))):
         for values in backbones.attention_maps(model, images(*size)).values():
             torch.testing.assert_close(values.mean(dim=(1, 2)), torch.ones(3))
-            assert values.std() > 1e-3
+            assert values.std() > 1e-3 or block == "hand_crafted"  # in rows and columns all are seen alike
 
 
-@every_mixer
+@pytest.mark.parametrize("block", AVERAGES)
 def test_what_goes_to_prefix_tokens_is_not_on_the_map(block):
     """The map is a row of sums over all queries; the rest of the attention is with the prefix tokens."""
     model = vit(block, img_size=(20, 44), reg_tokens=3)

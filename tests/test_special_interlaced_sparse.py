@@ -56,7 +56,7 @@ def test_its_attention_is_that_of_both_steps():
 
 def test_steps_have_projections_of_their_own_and_windows_of_8():
     one, two = create_block("interlaced_sparse", DIM).steps
-    assert one.pattern.factor == two.pattern.factor == (8, 8)
+    assert one.pattern.factor == two.pattern.tile == (8, 8)
     assert not torch.equal(one.qkv.weight, two.qkv.weight) and not torch.equal(one.proj.weight, two.proj.weight)
 
 

@@ -119,15 +119,18 @@ class Block(Mixer):
         return exponents.clamp(-reach, reach).exp()
 
     def weights(self, q, k, grid):
-        def phi(x):
-            x = x * self.scale**0.5
+        def log_phi(x):
+            x = x.double() * self.scale**0.5
             norm = (x * x).sum(dim=-1, keepdim=True)
-            return torch.exp(torch.einsum("bnid,md->bnim", x, self.omega) - norm / 2) / len(self.omega) ** 0.5
+            return torch.einsum("bnid,md->bnim", x, self.omega.double()) - norm / 2
 
-        products = torch.einsum("bnim,bnjm->bnij", phi(q), phi(k))
+        of_q, of_k = log_phi(q), log_phi(k)
+        # what all keys of a row share, and M^-½, cancel in the quotient
+        of_q, of_k = of_q - of_q.amax(dim=3, keepdim=True), of_k - of_k.amax(dim=(2, 3), keepdim=True)
+        products = torch.einsum("bnim,bnjm->bnij", of_q.exp(), of_k.exp())
         if self.causal:
             products = products * Past().mask(grid, grid.prefix_of(q.shape[2]), q.device)
-        return products / products.sum(dim=-1, keepdim=True)
+        return (products / products.sum(dim=-1, keepdim=True)).to(q.dtype)
 
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.causal:
