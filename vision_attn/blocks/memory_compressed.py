@@ -30,6 +30,7 @@ from einops import rearrange
 from torch import nn
 
 from .. import check
+from ..key_set import Tiles, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Directed
 
@@ -100,7 +101,7 @@ class Block(Mixer):
         values = (self.of_values.to(v.dtype).flatten(1)[:, None, None] @ values)[..., 0, :]
         keys, values = [k[:, :, :prefix], keys], [v[:, :, :prefix], values]
         if self.causal:
-            keys.insert(1, self.null.to(k.dtype)[:, None].expand(len(k), -1, 1, -1))
+            keys.insert(1, self.null.to(k.dtype)[:, None].expand(k.shape[0], -1, 1, -1))
             values.insert(1, torch.zeros_like(v[:, :, :1]))
         keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
         mask = self.mask(prefix, grid, q.device) if self.causal else None
@@ -109,19 +110,15 @@ class Block(Mixer):
 
     def blocks(self, t, grid):
         """Positions (B, heads, N, d) by block, (B, heads, blocks, pixels of a block, d), padded with zeros."""
-        (p, q), (height, width) = self.stride, grid
-        t = rearrange(t, "B n (H W) d -> B n H W d", H=height)
-        t = F.pad(t, (0, 0, 0, -width % q, 0, -height % p))
-        return rearrange(t, "B n (y p) (x q) d -> B n (y x) (p q) d", p=p, q=q)
+        maps = rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height)
+        return rearrange(Tiles(self.stride).queries(maps), "(B n) c s d -> B n c s d", n=t.shape[1])
 
     def mask(self, prefix, grid, device):
         """Which of the prefix tokens, the null key and the blocks a token sees; prefix tokens see only one another."""
-        last = []
-        for length, step in zip(grid, self.stride):
-            count = (length + step - 1) // step
-            last.append((torch.arange(1, count + 1, device=device) * step).clamp(max=length) - 1)
-        last = (last[0][:, None] * grid.width + last[1]).flatten()  # raster index of each block's last pixel
-        seen = last <= torch.arange(grid.size, device=device)[:, None]
+        n = Tiles(self.stride).sizes(*grid)
+        places = rows_and_columns(torch.arange(n["y"] * n["x"], device=device), n["x"])
+        bottom, right = (((at + 1) * s).clamp(max=size) - 1 for at, s, size in zip(places, self.stride, grid))
+        seen = bottom * grid.width + right <= torch.arange(grid.size, device=device)[:, None]
         seen = F.pad(seen, (1, 0), value=True)
         return F.pad(F.pad(seen, (0, 0, prefix, 0)), (prefix, 0), value=True)
 
