@@ -7,7 +7,8 @@ No projections and no softmax: θ, φ and g are the input itself, the first ``ra
 ``stride``-th pixel of it. θ (φᵀ g) and (θ φᵀ) g are the same, and the one with fewer multiply-adds is taken. A
 depthwise 3 × 3 convolution and a BatchNorm follow.
 Deviations: the BatchNorm starts at 1 and the gain of the host's layer at 0 (the code: the norm at 0). Products are
-summed in at least float32. The authors search ρ and s for each layer of a network; here they are arguments.
+summed in at least float32, and cut off at a sixteenth of the range of the map's own type. The authors search ρ and s
+for each layer of a network; here they are arguments.
 """
 
 import torch
@@ -55,7 +56,8 @@ class Block(Gate):
             out = (g @ phi.mT) @ theta
         else:
             out = g @ (phi.mT @ theta)
-        return (out / theta.shape[2]).to(x.dtype).unflatten(2, x.shape[2:])
+        most = torch.finfo(x.dtype).max / 16  # float16 ends where the cube of a feature of 40 does
+        return (out / theta.shape[2]).clamp(-most, most).to(x.dtype).unflatten(2, x.shape[2:])
 
     def linear_is_cheaper(self, pixels: int, looked_at: int) -> bool:
         linear = self.compared * self.dim * (pixels + looked_at)
