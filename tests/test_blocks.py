@@ -26,7 +26,7 @@ def all_that_applies():
                 yield pytest.param(each, case, id=f"{each.name}-{short_name(case)}", marks=marks)
 
 
-@pytest.mark.parametrize("each, case", all_that_applies())
+@pytest.mark.parametrize("each, case", list(all_that_applies()))
 def test_property(each, case, record_property):
     before = case.trials
     each.check(case)

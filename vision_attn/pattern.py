@@ -175,6 +175,13 @@ class PerHead(Pattern):
 # Rules that several mechanisms share
 
 
+def complete(tile: tuple[int, int], qy, qx, ky, kx, grid: Grid):
+    """Whether the ``tile`` = (height, width) with the key (ky, kx) in it has no pixel behind the query (qy, qx)."""
+    bottom, right = (k // n * n + n - 1 for k, n in zip((ky, kx), tile))  # perhaps beyond the border
+    in_last_row = (bottom == qy) | ((bottom > qy) & (qy == grid.height - 1))
+    return (bottom < qy) | (in_last_row & ((right <= qx) | (qx == grid.width - 1)))
+
+
 @dataclass(frozen=True)
 class All(Pattern):
     """Everything."""

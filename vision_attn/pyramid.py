@@ -16,7 +16,8 @@ from torch import Tensor
 from .grid import Grid
 from .key_set import Everything, KeySet, Tiles, pad, rows_and_columns
 from .mixer import Mixer, warn_of_blind_spot
-from .pattern import Directed
+from .pattern import Directed, complete
+from .precision import at_least_float32
 from .union import attend
 
 TILE = Tiles((8, 8))  # of queries that share their keys
@@ -41,9 +42,7 @@ class Pyramid(Directed):
 
     def complete(self, side: int, qy, qx, ky, kx, grid: Grid):
         """Whether the cell with (ky, kx) in it has no pixel behind (qy, qx); where nothing is asked: always."""
-        bottom, right = ky // side * side + side - 1, kx // side * side + side - 1  # perhaps beyond the border
-        in_last_row = (bottom == qy) | ((bottom > qy) & (qy == grid.height - 1))
-        return (bottom < qy) | (in_last_row & ((right <= qx) | (qx == grid.width - 1))) | (not self.past)
+        return complete((side, side), qy, qx, ky, kx, grid) | (not self.past)
 
 
 class PyramidMixer(Mixer):
@@ -101,7 +100,7 @@ def sums(x, side):
         p, q = min(side, height), min(side, width)
     cells = pad(x, 0, 0, 0, right * q - width, 0, down * p - height)
     cells = rearrange(cells, "b (y p) (x q) d -> b y x (p q) d", p=p, q=q)
-    return cells.sum(dim=3, dtype=torch.promote_types(x.dtype, torch.float32))
+    return cells.sum(dim=3, dtype=at_least_float32(x))
 
 
 def count(length, side: int):

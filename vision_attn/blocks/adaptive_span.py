@@ -35,6 +35,7 @@ from ..cache import Store
 from ..grid import Grid
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Past, Window
+from ..precision import at_least_float32
 from ..union import attend
 
 
@@ -84,7 +85,7 @@ class Block(Mixer):
 
     def spans(self) -> Float[Tensor, "heads"]:
         """z of each head, in pixels: what the paper's penalty is on."""
-        reach = self.reach.to(torch.promote_types(self.reach.dtype, torch.float32))
+        reach = self.reach.to(at_least_float32(self.reach))
         return self.span * (reach.clamp(0, 1).detach() + (reach - reach.detach()))
 
     @property

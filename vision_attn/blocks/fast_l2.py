@@ -21,11 +21,12 @@ from .. import check
 from ..kernel import Recurrence, attend, attend_past, state
 from ..mixer import Mixer
 from ..pattern import Past
+from ..precision import at_least_float32
 
 
 def unit(x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
     """``x`` at unit length, in at least float32; 0 stays 0."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    return F.normalize(x.to(at_least_float32(x)), dim=-1)
 
 
 class Block(Mixer):
@@ -53,7 +54,7 @@ class Block(Mixer):
         self.mean, self.causal = mean, causal
 
     def mix(self, q, k, v, grid):
-        q, k, values = unit(q), unit(k), v.to(torch.promote_types(v.dtype, torch.float32))
+        q, k, values = unit(q), unit(k), v.to(at_least_float32(v))
         tokens, prefix = q.shape[2], grid.prefix_of(q.shape[2])
         if self.causal:
             (first_q, q), (first_k, k), (first, values) = (t.split([prefix, grid.size], dim=2) for t in (q, k, values))

@@ -38,6 +38,7 @@ from einops import rearrange
 from .. import check
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Column, Directed, PerHead, Row
+from ..precision import at_least_float32
 
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
@@ -74,7 +75,7 @@ def step(v, down, right):
 
 def mean(v, axis, past):
     """Mean of each line along an axis of the map, ``past``: up to each pixel, summed in at least float32."""
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = at_least_float32(v)
     if not past:
         return v.mean(dim=axis, keepdim=True, dtype=wide).to(v.dtype).expand(v.shape)
     count = torch.arange(1, v.shape[axis] + 1, device=v.device).view([-1] + [1] * (4 - axis))

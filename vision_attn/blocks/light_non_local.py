@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import check
 from ..gate import Gate
+from ..precision import at_least_float32
 
 
 class Block(Gate):
@@ -47,7 +48,7 @@ class Block(Gate):
 
     def far(self, x):
         """θ φᵀ g / (H W), associated the cheaper way; in a traced graph, whose size is open, the linear one."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = at_least_float32(x)
         some = nn.functional.avg_pool2d(x, 1, self.stride)  # every s-th pixel, as they are
         theta = x[:, : self.compared].flatten(2).to(wide)  # (B, ρC, N)
         g = some.flatten(2).to(wide)  # (B, C, M)

@@ -21,6 +21,7 @@ from torch import nn
 
 from .. import check
 from ..mixer import Mixer
+from ..precision import at_least_float32
 from ..resize import stretch
 
 
@@ -77,7 +78,7 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         prefix = grid.prefix_of(q.shape[2])
-        wide = torch.promote_types(v.dtype, torch.float32)
+        wide = at_least_float32(v)
         (down_k, down_v), (right_k, right_v) = (self.projections(axis, grid, q.device, wide) for axis in (0, 1))
         k, v = (
             torch.cat([t[:, :, :prefix], project(t[:, :, prefix:].to(wide), grid, down, right).to(t.dtype)], dim=2)

@@ -25,6 +25,7 @@ from .. import check
 from ..kernel import Recurrence, attend_past, normalised, state, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
+from ..precision import at_least_float32
 
 
 class Block(Mixer):
@@ -72,7 +73,7 @@ class Block(Mixer):
 
     def scores(self, k: Float[Tensor, "B heads tokens d"]) -> Float[Tensor, "B heads tokens 1"]:
         """Of each pixel, in at least float32."""
-        wide = torch.promote_types(k.dtype, torch.float32)
+        wide = at_least_float32(k)
         scores = (k.to(wide) @ self.context.to(wide)[:, :, None]).to(wide).tanh()
         return F.normalize(scores, dim=1) if self.l2_norm else scores
 

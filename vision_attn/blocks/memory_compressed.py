@@ -32,7 +32,7 @@ from torch import nn
 from .. import check
 from ..key_set import Tiles, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
-from ..pattern import Directed
+from ..pattern import Directed, complete
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ class Complete(Directed):
     stride: tuple[int, int]
 
     def allowed(self, qy, qx, ky, kx, grid):
-        bottom, right = (k // s * s + s - 1 for k, s in zip((ky, kx), self.stride))  # perhaps beyond the border
-        in_last_row = (bottom == qy) | ((bottom > qy) & (qy == grid.height - 1))
-        return (bottom < qy) | (in_last_row & ((right <= qx) | (qx == grid.width - 1))) | (not self.past)
+        return complete(self.stride, qy, qx, ky, kx, grid) | (not self.past)
 
 
 class Block(Mixer):

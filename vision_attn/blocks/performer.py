@@ -79,7 +79,7 @@ class Block(Mixer):
         """
         features, width = self.omega.shape
         device = self.omega.device if generator is None else generator.device
-        dd = dict(device=device, dtype=torch.promote_types(self.omega.dtype, torch.float32))
+        dd = dict(device=device, dtype=at_least_float32(self.omega))
         blocks = range(0, features, width)
         rows = [nn.init.orthogonal_(torch.empty(width, width, **dd), generator=generator) for _ in blocks]
         lengths = torch.randn(features, width, generator=generator, **dd).norm(dim=1, keepdim=True)

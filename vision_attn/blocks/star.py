@@ -21,6 +21,7 @@ from torch import nn
 from .. import check
 from ..grid import Grid
 from ..mixer import Mixer
+from ..precision import at_least_float32
 
 
 class Block(Mixer):
@@ -142,7 +143,7 @@ class Cycle(nn.Module):
         (q, k, v), (_, own_k, own_v), (_, relay_k, relay_v) = (
             heads(self.ring, t) for t in (self.norm(pixels), start, relay)
         )
-        wide = torch.promote_types(v.dtype, torch.float32)
+        wide = at_least_float32(v)
         ring_k, ring_v, inside = (
             self.around(k, grid),
             self.around(v, grid),

@@ -25,6 +25,7 @@ from torch import nn
 
 from .. import check
 from ..mixer import Mixer
+from ..precision import at_least_float32
 from ..resize import stretch
 
 
@@ -74,7 +75,7 @@ class Block(Mixer):
         prefix = grid.prefix_of(v.shape[2])
         first = v[:, :, :prefix]
         q, image = (rearrange(t[:, :, prefix:], "B n (H W) d -> B n H W d", H=grid.height) for t in (q, v))
-        wide = torch.promote_types(v.dtype, torch.float32)
+        wide = at_least_float32(v)
         across = self.axes[1](q, grid.width)  # (B, heads, H, W, W'), sizes 1 where the logits do not depend
         down = self.axes[0](q.transpose(2, 3), grid.height)  # (B, heads, W, H, H')
         rows = across.softmax(dim=-1, dtype=wide).to(v.dtype) @ image  # (B, heads, H, W, d)
