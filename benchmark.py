@@ -197,14 +197,13 @@ def benchmark(
     if blocks is None:
         mixers = [describe(name) for name in list_blocks() if describe(name).kind == "mixer"]
         blocks = [mixer.name for mixer in mixers] + [dict(name=m.name, causal=True) for m in mixers if m.causal]
-    rows = [
-        measure(block, Grid(*size), heads, channels, repeats, device, getattr(torch, dtype), dense_limit)
-        for size, block in tqdm(list(itertools.product(sizes, blocks)), unit=" rows")
-    ]
-    target = write(path, "mixers", rows, device)
-    plot(rows, target.with_suffix(".png"))
+    rows = []
+    for size, block in tqdm(list(itertools.product(sizes, blocks)), unit=" rows"):
+        rows.append(measure(block, Grid(*size), heads, channels, repeats, device, getattr(torch, dtype), dense_limit))
+        path = write(path, "mixers", rows, device)  # after every row: it may be stopped
+    plot(rows, path.with_suffix(".png"))
     if summaries := growth(rows):
-        write(str(target.with_name(f"{target.stem}-exponents.csv")), "mixers-exponents", summaries, device)
+        write(path.with_name(f"{path.stem}-exponents.csv"), "mixers-exponents", summaries, device)
 
 
 if __name__ == "__main__":

@@ -135,10 +135,10 @@ def compare(
             break
         found.setdefault((name, mixer), []).append(top1)
         rows = table(found, known, made, epochs)
-        path = str(write(path, "mixer-accuracy", rows, device))
+        path = write(path, "mixer-accuracy", rows, device)
     if found:
-        Path(path).with_suffix(".txt").write_text(text(rows), encoding="utf-8")
-        picture(rows, Path(path).with_suffix(".png"))
+        path.with_suffix(".txt").write_text(text(rows), encoding="utf-8")
+        picture(rows, path.with_suffix(".png"))
 
 
 def trained(words: list[str], output: Path, epochs: int) -> float | None:

@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 
 
-def write(path: str | None, name: str, rows: list[dict], device: str = "cpu") -> Path:
+def write(path: str | Path | None, name: str, rows: list[dict], device: str = "cpu") -> Path:
     """Write rows, under the command line that made them, to `path`; None: to results/, named by machine and `name`."""
     machine = torch.cuda.get_device_name().replace(" ", "-") if device == "cuda" else f"cpu{torch.get_num_threads()}"
     stamp = f"{machine}-torch{torch.__version__.split('+')[0]}-{datetime.date.today()}"
     target = Path(path or f"results/{stamp}-{name}.csv")
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        print(target)  # once, of a table that grows
     with open(target, "w", newline="", encoding="utf-8") as file:
         file.write(f"# python {shlex.join(sys.argv)}\n")
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(target)
     return target
