@@ -91,5 +91,5 @@ def test_it_costs_what_its_docstring_says():
     assert describe("expectation_maximization").cost == "7 N K d"
     x = torch.empty(1, 512, 7, 11, device="meta")
     assert flops(create_block("expectation_maximization", 512, device="meta"), x) == 2 * (
-        7 * 77 * 64 * 512 + 2 * 77 * 512**2
-    )  # and two projections
+        7 * 77 * 64 * 512 + 3 * 77 * 64 + 2 * 77 * 512**2
+    )  # the sums over z and two projections

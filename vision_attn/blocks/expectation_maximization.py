@@ -17,6 +17,7 @@ the scores of the E step (paper and code: 1). Weights start as torch's layers do
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import check
@@ -85,10 +86,12 @@ class Block(Gate):
     def fit(self, x):
         """Responsibilities (B, N, K) and bases (B, C, K) of the features (B, N, C) after all iterations."""
         wide = torch.promote_types(x.dtype, torch.float32)
+        with_one = F.pad(x, (0, 1), value=1.0).mT.to(wide)  # (B, C + 1, N): sums of z come out of the same product
         mu = self.bases.value.to(x.dtype).expand(x.shape[0], -1, -1)
         for _ in range(self.iterations):
             z = (x @ (mu / self.temperature)).softmax(dim=-1, dtype=wide)
-            mu = (x.mT.to(wide) @ z) / (1e-6 + z.sum(dim=1, keepdim=True))  # (B, C, K): small, unlike z
+            mu, total = (with_one @ z).split([x.shape[-1], 1], dim=1)  # (B, C, K), (B, 1, K): small, unlike z
+            mu = mu / (1e-6 + total)
             mu = (mu / (1e-6 + mu.norm(dim=1, keepdim=True))).to(x.dtype)
         return z, mu
 
