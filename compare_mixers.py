@@ -10,7 +10,6 @@ plain text beside it; steps are timed before the first run, all mixers taking tu
 """
 
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -210,32 +209,12 @@ def picture(rows: list[dict], target: Path) -> None:
 
 
 def label(axis, x: list[float], y: list[float], texts: list[str], colors: list[str]) -> None:
-    """Names beside the points, each at the nearest place that no point and no other name has."""
-    axis.figure.draw_without_rendering()  # from here on the layout stands
-    frame, scale = axis.get_window_extent(), axis.figure.dpi / 72
-    points = axis.transData.transform(list(zip(x, y))).tolist()
-    taken = [(px - 4 * scale, py - 4 * scale, px + 4 * scale, py + 4 * scale) for px, py in points]
-    for (px, py), at, text, color in zip(points, zip(x, y), texts, colors):
-        line = dict(arrowstyle="-", color="0.6", linewidth=0.6, shrinkA=0, shrinkB=3)
-        note = axis.annotate(text, at, (0, 0), textcoords="offset points", fontsize=8, color=color, arrowprops=line)
-        note.set_in_layout(False)
-        size = note.get_window_extent()
-        for away, turn in product((9, 14, 20, 28, 38, 50, 65, 85, 110, 140), range(16)):
-            dx, dy = away * math.cos(turn * math.pi / 8), away * math.sin(turn * math.pi / 8)
-            left = dx if abs(dx) < 1e-6 or dx > 0 else dx - size.width / scale
-            left = left - size.width / scale / 2 if turn in (4, 12) else left
-            low = dy - size.height / scale / 2
-            box = px + scale * left, py + scale * low, px + scale * left + size.width, py + scale * low + size.height
-            inside = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
-            if inside and not any(overlap(box, other) for other in taken):
-                break
-        note.set_position((left, low))
-        taken.append(box)
+    """Names beside the points, moved until none hides another."""
+    from adjustText import adjust_text
 
-
-def overlap(a: tuple, b: tuple) -> bool:
-    """Whether two boxes (left, low, right, high) share anything."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    notes = [axis.text(*at, text, fontsize=8, color=color) for *at, text, color in zip(x, y, texts, colors)]
+    line = dict(arrowstyle="-", color="0.6", linewidth=0.6)
+    adjust_text(notes, x, y, ax=axis, expand=(1.15, 1.5), force_text=(0.3, 0.5), iter_lim=2000, arrowprops=line)
 
 
 if __name__ == "__main__":
