@@ -1,8 +1,8 @@
 """Exact softmax attention over a union of disjoint key sets, without the N×N matrix.
 
-One key set goes straight to `torch.nn.functional.scaled_dot_product_attention` on folded views. Several are one flash
-call each, merged by their log-sum-exp; or, where no kernel gives that (`flash.kernel_for`), one softmax over their
-concatenated scores. Time and memory grow with the pairs that are looked at.
+Everything, or all of the past, goes straight to `torch.nn.functional.scaled_dot_product_attention`, and so does any one
+key set, on folded views. Several are one flash call each, merged by their log-sum-exp; or, where no kernel gives that
+(`flash.kernel_for`), one softmax over concatenated scores. Time and memory grow with the pairs that are looked at.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .flash import kernel_for, merged
 from .grid import Grid
 from .key_set import Everything, KeySet
-from .pattern import Pattern
+from .pattern import All, Past, Pattern
 
 
 def attend(
@@ -38,19 +38,33 @@ def attend(
         return out.half()
     parts, heads, prefix = pattern.by_head(), q.shape[1], grid.prefix_of(q.shape[2])
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave normalised queries and keys wider
-    shares = pattern.shares(heads)
-    heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
-    outs = [
-        _on_grid(*some, grid, part.key_sets(), scale, dropout, bias)
-        for part, some in zip(parts, heads_of)
-        if some[0].shape[1]
-    ]
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    if isinstance(pattern, All | Past) and bias is None:  # no folds: the prefix is in its place
+        out = _flash(q, k, v, dropout_p=dropout, is_causal=pattern.causal, scale=scale)
+        if prefix == 0 or not pattern.causal:
+            return out
+        out = out[:, :, prefix:]
+    else:
+        shares = pattern.shares(heads)
+        heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
+        outs = [
+            _on_grid(*some, grid, part.key_sets(), scale, dropout, bias)
+            for part, some in zip(parts, heads_of)
+            if some[0].shape[1]
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
     if prefix == 0:
         return out
     k, v = (t[:, :, :prefix] if pattern.causal else t for t in (k, v))
-    first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, dropout_p=dropout, scale=scale)
-    return torch.cat([first, out], dim=2)
+    return torch.cat([_flash(q[:, :, :prefix], k, v, dropout_p=dropout, scale=scale), out], dim=2)
+
+
+def _flash(q, k, v, **options):
+    """Torch's attention, values and keys being made equally wide: else it would make the N×N matrix."""
+    width = v.shape[-1]
+    if q.shape[-1] != width:
+        most = max(q.shape[-1], width)
+        q, k, v = (F.pad(t, (0, most - t.shape[-1])) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **options)[..., :width]
 
 
 def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
@@ -82,7 +96,7 @@ def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
         mask = bias if mask is None else bias + mask
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    out = _flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return keys.place(out, grid)
 
 

@@ -14,8 +14,6 @@ Deviations: none.
 -----
 """
 
-import torch.nn.functional as F
-
 from .. import check
 from ..mixer import PatternMixer
 from ..pattern import All, Past
@@ -27,8 +25,3 @@ class Block(PatternMixer):
     def __init__(self, dim, num_heads=None, *, causal: bool = False, **mixer):
         check.boolean("causal", causal)
         super().__init__(Past() if causal else All(), dim, num_heads, **mixer)
-
-    def mix(self, q, k, v, grid):
-        if self.pattern.causal:
-            return super().mix(q, k, v, grid)
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, scale=self.scale)  # no folds

@@ -25,19 +25,9 @@ from .. import check
 from ..cache import PatternCache
 from ..grid import Grid
 from ..mixer import Mixer
-from ..pattern import Past
+from ..pattern import All, Past
 from ..precision import at_least_float32, outside_autocast
-
-
-def attend(q, k, v, prefix, causal, dropout):
-    """Softmax attention to all or to the past, of scale 1, by the flash kernel, which wants values as wide as keys."""
-    width = max(q.shape[-1], v.shape[-1])
-    padded = [F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]
-    out = F.scaled_dot_product_attention(*padded, dropout_p=dropout, is_causal=causal, scale=1.0)
-    if causal and prefix:  # they come first: positions are right, and they themselves see one another
-        first = F.scaled_dot_product_attention(*(t[:, :, :prefix] for t in padded), dropout_p=dropout, scale=1.0)
-        out = torch.cat([first, out[:, :, prefix:]], dim=2)
-    return out[..., : v.shape[-1]]
+from ..union import attend
 
 
 class Block(Mixer):
@@ -74,7 +64,8 @@ class Block(Mixer):
         of_q, of_k = (F.pad(t, (0, 0, prefix, 0)).expand(q.shape[0], -1, -1, -1) for t in self.channels(grid, wide))
         with outside_autocast(v):
             q, k = torch.cat([self.scale * q.to(wide), of_q], dim=-1), torch.cat([k.to(wide), of_k], dim=-1)
-            return attend(q, k, v.to(wide), prefix, self.causal, self.dropout).to(v.dtype)
+            pattern = Past() if self.causal else All()
+            return attend(q, k, v.to(wide), grid, pattern, scale=1.0, dropout=self.dropout).to(v.dtype)
 
     def channels(self, grid, dtype):
         """What queries and keys get besides, each (heads, N, 4); their product is B."""

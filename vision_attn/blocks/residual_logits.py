@@ -22,7 +22,6 @@ authors' code can divide S_l by l, for networks of 30 layers and more: left out.
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 
 from .. import check
@@ -30,18 +29,6 @@ from ..cache import PatternCache
 from ..grid import Grid
 from ..mixer import PatternMixer, Sequence
 from ..pattern import All, Past
-
-
-class Layer(PatternMixer):
-    """Dense attention by queries and keys of any width; the scale stays that of one layer's heads."""
-
-    def mix(self, q, k, v, grid):
-        width, q, k = max(q.shape[-1], v.shape[-1]), q.to(v.dtype), k.to(v.dtype)
-        padded = [F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v)]  # flash wants values as wide as keys
-        if self.causal:
-            return super().mix(*padded, grid)[..., : v.shape[-1]]
-        out = F.scaled_dot_product_attention(*padded, dropout_p=self.dropout, scale=self.scale)
-        return out[..., : v.shape[-1]]
 
 
 class Block(Sequence):
@@ -60,7 +47,7 @@ class Block(Sequence):
         check.positive_int("layers", layers)
         check.boolean("causal", causal)
         pattern = Past() if causal else All()
-        super().__init__(*(Layer(pattern, dim, num_heads, **mixer) for _ in range(layers)))
+        super().__init__(*(PatternMixer(pattern, dim, num_heads, **mixer) for _ in range(layers)))
         self.causal = causal
 
     def run(self, x, grid, mixes):
