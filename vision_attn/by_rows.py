@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .grid import Grid
+from .cache import FullPast
 from .precision import at_least_float32, outside_autocast
 
 ROWS = 128  # of a chunk
@@ -56,31 +56,23 @@ def _rows(q, k, v, rows, weights_of, scale):
     return (weights.to(v.dtype) @ v).to(out)
 
 
-class Past:
-    """Keys and values of a causal mixer, of which every pixel of an image in the making computes its own row.
+class RowPast(FullPast):
+    """The past of a causal mixer, of which every pixel of an image in the making computes its own row.
 
     Args:
         weights_of, scale: as in `attend`.
-        batch, heads: number of images, and of heads of the mixer.
-        grid: of the image that is made.
-        dims: channels of a head's keys and values.
+        Others: those of `FullPast`, ``dims`` of keys and values.
     """
 
-    def __init__(self, weights_of, scale: float, batch: int, heads: int, grid: Grid, dims, device=None, dtype=None):
+    def __init__(self, weights_of, scale: float, *args, **options):
+        super().__init__(*args, **options)
         self.weights_of, self.scale = weights_of, scale
-        self.past = [torch.zeros(batch, heads, grid.size, dim, device=device, dtype=dtype) for dim in dims]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of what is kept, in bytes."""
-        return sum(past.nbytes for past in self.past)
 
     def step(
         self, q: Float[Tensor, "B heads dq"], k: Float[Tensor, "B heads dk"], v: Float[Tensor, "B heads dv"], place: int
     ) -> Float[Tensor, "B heads dv"]:
         """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
-        for past, entry in zip(self.past, (k, v)):
-            past[:, :, place] = entry
+        self.put(place, k, v)
         keys, values = (past[:, :, : place + 1] for past in self.past)
         with outside_autocast(q):
             row = torch.tensor([place], device=q.device)

@@ -118,18 +118,17 @@ class PatternCache:
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-class RemixedPast:
-    """All of the past of a mixer, which is mixed anew for every pixel: right for any causal mixer, and as slow.
+class FullPast:
+    """All of the past of a mixer in raster order, whatever it sees of it.
 
     Args:
-        mix: of the mixer.
         batch, heads: number of images, and of heads of the mixer.
         grid: of the image that is made.
-        dims: channels of a head's queries, keys and values.
+        dims: channels of a head in each of the tensors to keep.
     """
 
-    def __init__(self, mix, batch: int, heads: int, grid: Grid, dims: list[int], device=None, dtype=None):
-        self.mix, self.grid = mix, grid
+    def __init__(self, batch: int, heads: int, grid: Grid, dims: list[int], device=None, dtype=None):
+        self.grid = grid
         self.past = [torch.zeros(batch, heads, grid.size, dim, device=device, dtype=dtype) for dim in dims]
 
     @property
@@ -137,10 +136,26 @@ class RemixedPast:
         """Memory of what is kept, in bytes."""
         return sum(past.nbytes for past in self.past)
 
+    def put(self, place: int, *entries: Float[Tensor, "B heads d"]) -> None:
+        for past, entry in zip(self.past, entries, strict=True):
+            past[:, :, place] = entry
+
+
+class RemixedPast(FullPast):
+    """The past of a mixer that is mixed anew for every pixel: right for any causal mixer, and as slow.
+
+    Args:
+        mix: of the mixer.
+        Others: those of `FullPast`, ``dims`` of queries, keys and values.
+    """
+
+    def __init__(self, mix, *args, **options):
+        super().__init__(*args, **options)
+        self.mix = mix
+
     def step(
         self, q: Float[Tensor, "B heads dq"], k: Float[Tensor, "B heads dk"], v: Float[Tensor, "B heads dv"], place: int
     ) -> Float[Tensor, "B heads dv"]:
         """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
-        for past, entry in zip(self.past, (q, k, v)):
-            past[:, :, place] = entry
+        self.put(place, q, k, v)
         return self.mix(*self.past, self.grid)[:, :, place]

@@ -73,4 +73,4 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         weight, dims = self.qkv.weight, (self.key_dim // self.num_heads, self.dim // self.num_heads)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-        return by_rows.Past(self.talk(0), self.scale, batch, self.num_heads, Grid.of(grid), dims, **factory)
+        return by_rows.RowPast(self.talk(0), self.scale, batch, self.num_heads, Grid.of(grid), dims, **factory)
