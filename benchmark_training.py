@@ -109,7 +109,7 @@ def blocks(
 ) -> None:
     """Top-1 accuracy on CIFAR-10 of ResNet-20 with each of eight blocks and without, one recipe for all.
 
-    A call that was stopped goes on where it stood.
+    Written after every run; a call that was stopped goes on where it stood.
 
     Args:
         dir: root of CIFAR-10.
@@ -135,13 +135,19 @@ def blocks(
         size = sum(parameter.numel() for parameter in network.parameters())
         speed = max(row["images_per_second"] for row in saved["history"])
         results.setdefault(model, []).append({"top1": last["top1"], "parameters": size, "speed": speed})
+        path = write(path, "cifar10-blocks", block_rows(results, epochs))
+
+
+def block_rows(results: dict[str, list[dict]], epochs: int) -> list[dict]:
+    """What is there so far: mean and spread (highest less lowest) over the runs of each network."""
     rows = []
     for model, some in results.items():
         top1 = [run["top1"] for run in some]
         row = {"model": model, "parameters": some[0]["parameters"], "epochs": epochs, "seeds": len(some)}
-        row |= {"top-1": f"{statistics.mean(top1):.2f}", "spread": f"{max(top1) - min(top1):.2f}"}
+        row |= {"top-1": f"{statistics.mean(top1):.2f}"}
+        row |= {"spread": f"{max(top1) - min(top1):.2f}" if len(some) > 1 else "not run"}
         rows.append(row | {"images/s": f"{max(run['speed'] for run in some):.0f}"})
-    write(path, "cifar10-blocks", rows)
+    return rows
 
 
 def start(rounds: int = 3, path: str | None = None) -> None:
