@@ -36,19 +36,19 @@ def attend(
         bias = None if bias is None else bias.float()
         out = attend(q.float(), k.float(), v.float(), grid, pattern, scale=scale, dropout=dropout, bias=bias)
         return out.half()
-    parts, heads, prefix = pattern.by_head(), q.shape[1], grid.prefix_of(q.shape[2])
+    prefix = grid.prefix_of(q.shape[2])
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave normalised queries and keys wider
     if isinstance(pattern, All | Past) and bias is None:  # no folds: the prefix is in its place
         out = _flash(q, k, v, dropout_p=dropout, is_causal=pattern.causal, scale=scale)
-        if prefix == 0 or not pattern.causal:
+        if not pattern.causal:
             return out
         out = out[:, :, prefix:]
     else:
-        shares = pattern.shares(heads)
+        shares = pattern.shares(q.shape[1])
         heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
         outs = [
             _on_grid(*some, grid, part.key_sets(), scale, dropout, bias)
-            for part, some in zip(parts, heads_of)
+            for part, some in zip(pattern.by_head(), heads_of)
             if some[0].shape[1]
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

@@ -23,7 +23,7 @@ from torch import nn
 from .. import check
 from ..average import StepAverage
 from ..gate import Gate
-from ..precision import outside_autocast
+from ..precision import at_least_float32, outside_autocast
 
 
 class Block(Gate):
@@ -79,13 +79,13 @@ class Block(Gate):
         with torch.set_grad_enabled(self.through and torch.is_grad_enabled()):
             z, mu = self.fit(features.flatten(1, 2))
             redrawn = (z.to(mu.dtype) @ mu.mT).unflatten(1, features.shape[1:3])
-        self.bases.note(mu.to(torch.promote_types(mu.dtype, torch.float32)).mean(dim=0))
+        self.bases.note(mu.to(at_least_float32(mu)).mean(dim=0))
         redrawn = redrawn.to(x.dtype).relu().permute(0, 3, 1, 2)
         return x + self.norm(self.after(redrawn))
 
     def fit(self, x):
         """Responsibilities (B, N, K) and bases (B, C, K) of the features (B, N, C) after all iterations."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = at_least_float32(x)
         with_one = F.pad(x, (0, 1), value=1.0).mT.to(wide)  # (B, C + 1, N): sums of z come out of the same product
         mu = self.bases.value.to(x.dtype).expand(x.shape[0], -1, -1)
         for _ in range(self.iterations):
