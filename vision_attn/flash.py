@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .grid import Grid
 from .key_set import Everything, KeySet
+from .precision import at_least_float32
 
 aten = torch.ops.aten
 
@@ -110,7 +111,7 @@ def agrees(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dt
 
 
 def _wide(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t is None else t.to(at_least_float32(t))
 
 
 class Before(Everything):
@@ -167,7 +168,7 @@ class Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(kernel, sets, masks, grid, scale, q, k, v, k_before, v_before):
-        parts, wide = [], torch.promote_types(q.dtype, torch.float32)
+        parts, wide = [], at_least_float32(q)
         for keys, mask in zip(sets, masks):
             folded = _folded(keys, q, k, v, k_before, v_before)
             if folded[0].numel() and folded[1].numel():
@@ -190,7 +191,7 @@ class Merged(torch.autograd.Function):
     def backward(ctx, slope, _):
         saved = ctx.saved_tensors  # once: gradient checkpointing gives them a single time
         masks, (*tensors, out, total) = saved[: len(ctx.sets)], saved[len(ctx.sets) :]
-        wide = torch.promote_types(out.dtype, torch.float32)
+        wide = at_least_float32(out)
         slope = _dense_rows(slope)
         slopes = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in tensors]
         for keys, mask in zip(ctx.sets, masks):

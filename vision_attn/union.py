@@ -15,6 +15,7 @@ from .flash import kernel_for, merged
 from .grid import Grid
 from .key_set import Everything, KeySet
 from .pattern import All, Past, Pattern
+from .precision import at_least_float32
 
 
 def attend(
@@ -118,7 +119,7 @@ def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
         seen = keys.queries(q) @ keys.keys(k).mT
         mask = _additive(_with_causal(keys, grid, q.device), q.dtype)
         scores.append(keys.place(seen if mask is None else seen + mask, grid, torch.finfo(q.dtype).min))
-    weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=at_least_float32(q))
     weights = F.dropout(weights.to(v.dtype), dropout).split([s.shape[-1] for s in scores], dim=-1)
     out = sum(keys.place(keys.queries(w) @ keys.keys(v), grid) for keys, w in zip(key_sets, weights[-len(key_sets) :]))
     if prefix:

@@ -32,6 +32,7 @@ from torch import nn
 from .. import check
 from ..mixer import PatternMixer, Sequence
 from ..pattern import Column, Row
+from ..precision import at_least_float32
 from ..union import attend
 
 
@@ -69,7 +70,7 @@ class Along(PatternMixer):
 
     def resized(self, length):
         """The table for an axis of ``length`` pixels, interpolated linearly, ends on ends, (2, 2 length - 1, d)."""
-        wide = torch.promote_types(self.relative.dtype, torch.float32)
+        wide = at_least_float32(self.relative)
         offset = torch.arange(2 * length - 1, device=self.relative.device, dtype=wide) - (length - 1)
         at = offset / offset.amax().clamp(min=1) * (self.length - 1) + self.length - 1
         hat = 1 - (at[:, None] - torch.arange(2 * self.length - 1, device=at.device)).abs()

@@ -14,11 +14,12 @@ import torch
 from .. import check
 from ..kernel import Recurrence, attend, attend_past, normalised, state, with_ones
 from ..mixer import Mixer
+from ..precision import at_least_float32
 
 
 def features(x):
     """elu + 1, in at least float32 and positive: exp, where torch's elu of -20 is -1."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # compiled, the gradient of another layout fails
+    x = x.to(at_least_float32(x)).contiguous()  # compiled, the gradient of another layout fails
     return torch.where(x > 0, x + 1, x.masked_fill(x > 0, 0).exp().clamp(min=torch.finfo(x.dtype).tiny))
 
 
@@ -47,7 +48,7 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         phi_q, phi_k = features_of_queries(q), features(k)
-        values = with_ones(v.to(torch.promote_types(v.dtype, torch.float32)))
+        values = with_ones(v.to(at_least_float32(v)))
         if not self.causal:
             return normalised(attend(phi_q, phi_k, values)).to(v.dtype)
         prefix = grid.prefix_of(q.shape[2])
