@@ -1,0 +1,35 @@
+"""Models with a block, by name, for tests."""
+
+import pytest
+import timm
+import torch
+
+from vision_attn import Mixer
+from vision_attn.layout import Residual
+
+RESNETS = ["resnet18", "resnet50", "resnet101", "cifar_resnet20", "cifar_resnet32", "cifar_resnet56"]
+VITS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_tiny_patch4_32"]
+# stock model, its arguments, and the size of an image it takes
+SMALL = [
+    pytest.param("resnet18", {}, (67, 43), id="resnet18"),
+    pytest.param("cifar_resnet20", {}, (29, 37), id="cifar_resnet20"),
+    pytest.param("vit_tiny_patch4_32", dict(depth=2, img_size=(28, 44)), (28, 44), id="vit"),
+]
+CIFAR_AND_VIT = SMALL[1:]
+
+small_models = pytest.mark.parametrize("stock, args, size", SMALL)
+smallest_models = pytest.mark.parametrize("stock, args, size", CIFAR_AND_VIT)
+
+
+def made(stock, block, args=None, **more):
+    return timm.create_model(f"{stock}_{block}", **{"num_classes": 7, **(args or {}), **more})
+
+
+def images(size, batch=2, channels=3):
+    return torch.randn(batch, channels, *size)
+
+
+def blocks_in(model):
+    """Names of the layers with a block, and of the mixers that stand for a ViT's attention."""
+    found = [name for name, m in model.named_modules() if isinstance(m, (Residual, Mixer))]
+    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
