@@ -139,30 +139,38 @@ def label(row: dict) -> str:
 
 
 def plot(rows: list[dict], target: Path) -> None:
-    """Time and memory of a step against the number of pixels, both logarithmic, with exponents in the legends."""
-    import matplotlib
+    """Time and memory of a step against pixels, both logarithmic: a panel for each block, dense in gray."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = dict.fromkeys(map(label, rows))
-    figure, axes = pyplot.subplots(1, 2, figsize=(14, max(6, 0.15 * len(names))), layout="constrained")
+    of = {name: [row for row in rows if row["block"] == name] for name in dict.fromkeys(row["block"] for row in rows)}
+    across = min(8, len(of))
+    down = math.ceil(len(of) / across)
+    figure = Figure(figsize=(1 + 2.2 * across, 2 + 3.6 * down), dpi=100, layout="constrained")
     shown = ("step ms", "forward + backward, ms"), ("block MiB", "peak memory of a step, MiB")
-    colors = {block: f"C{i % 10}" for i, block in enumerate(dict.fromkeys(row["block"] for row in rows))}
-    markers = {block: "osD^vP"[i // 10 % 6] for i, block in enumerate(colors)}
-    for axis, (column, unit) in zip(axes, shown):
-        for name in names:
-            some = [row for row in rows if label(row) == name]
-            sizes, values = [row["height"] * row["width"] for row in some], [float(row[column]) for row in some]
-            grows = f" ~ N^{exponent(sizes, values):.2f}" if len(some) > 1 else ""
-            block, style = some[0]["block"], "--" if "split_heads" in name else ":" if "causal" in name else "-"
-            axis.plot(
-                sizes, values, style, color=colors[block], marker=markers[block], markersize=4, label=name + grows
-            )
-        axis.set(xscale="log", yscale="log", xlabel="pixels N", ylabel=unit)
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        axis.grid(alpha=0.3)
-    figure.savefig(target, dpi=120)
+    for half, (column, unit) in zip(figure.subfigures(2, 1), shown):
+        half.suptitle(f"{unit}, against pixels N")
+        panels = half.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+        for axis, (name, own) in zip(panels, of.items()):
+            axis.set(xscale="log", yscale="log")
+            axis.set_title(name, fontsize=8)
+            axis.grid(alpha=0.3)
+            draw(axis, of.get("dense", []), column, color="0.8")
+            axis.legend(handles=draw(axis, own, column), fontsize=6, loc="upper left", frameon=False)
+        for axis in panels:  # left over
+            axis.set_axis_off()
+    figure.savefig(target)
+
+
+def draw(axis, rows: list[dict], column: str, **style) -> list:
+    """A line for each set of options of a block, dashed where causal, with its exponent."""
+    lines = []
+    for options in dict.fromkeys(row["options"] for row in rows):
+        some = [row for row in rows if row["options"] == options]
+        sizes, values = [row["height"] * row["width"] for row in some], [float(row[column]) for row in some]
+        grows = f"N^{exponent(sizes, values):.2f}" if len(set(sizes)) > 1 else ""
+        dashes = "--" if "causal=True" in options else "-"
+        lines += axis.plot(sizes, values, dashes, marker=".", label=f"{options} {grows}".strip(), **style)
+    return lines
 
 
 def benchmark(
