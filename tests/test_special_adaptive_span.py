@@ -74,21 +74,25 @@ def test_spans_are_learned_by_what_is_at_their_rim_alone():
         torch.testing.assert_close(slope[head], 5 * expected.sum(), rtol=1e-9, atol=1e-9)
 
 
-def test_the_papers_penalty_shortens_spans_and_none_is_stuck_outside():
+def test_the_papers_penalty_shortens_spans_and_none_winds_up_or_is_stuck_outside():
     block = of_spans(-0.5, 2.0, 5.5)  # two have left [0, 5]
     torch.testing.assert_close(block.spans(), torch.tensor([0.0, 2.0, 5.0], dtype=torch.float64))
     x = torch.randn(2, GRID.size, DIM, dtype=torch.float64)
     block.spans().mean().backward()
-    torch.testing.assert_close(block.reach.grad, torch.full((3,), 5 / 3, dtype=torch.float64))
+    torch.testing.assert_close(block.reach.grad, torch.tensor([0.0, 5 / 3, 5 / 3], dtype=torch.float64))
+    block.reach.grad = None
+    (-block.spans().mean()).backward()
+    torch.testing.assert_close(block.reach.grad, -torch.tensor([5 / 3, 5 / 3, 0.0], dtype=torch.float64))
     block.reach.grad = None
     block(x, GRID).square().sum().backward()
-    assert (block.reach.grad != 0).all()
+    assert block.reach.grad[1] != 0
     optimizer = torch.optim.SGD([block.reach], lr=0.05)
     for _ in range(40):
         optimizer.zero_grad()
         block.spans().mean().backward()
         optimizer.step()
     assert (block.spans() == 0).all() and block.pattern.radius == (2, 2)
+    assert block.reach.min() >= -0.1 - 0.05 * 5 / 3  # where it was, or one step beyond
 
 
 def test_its_pattern_is_what_the_longest_span_sees():

@@ -11,7 +11,7 @@ TILES = (6, 9)  # of side 2
 
 
 def new(**options):
-    options = {"tile": 2, "drawn": 3, "tokens": 5, **options}
+    options = {"tile": 2, "drawn": 3, "tokens": 5, "seed": 1, **options}
     return create_block("big_bird", 10, num_heads=2, **options)
 
 
@@ -30,12 +30,18 @@ def test_draws_come_back_from_their_seed_and_from_the_state_dict():
     assert torch.equal(one.half().draws.table, same.draws.table)  # in half precision the draw stays
 
 
+def test_layers_have_draws_of_their_own_unless_a_seed_is_given():
+    layers = [new(seed=None) for _ in range(2)]
+    assert not torch.equal(layers[0].draws.table, layers[1].draws.table)
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert torch.equal(*(layer.pattern.head_masks(2, GRID) for layer in layers))
+
+
 @pytest.mark.parametrize("past", [False, True])
 @pytest.mark.parametrize("down, right", [TILES, (1, 5), (3, 3), (19, 17)])
 def test_drawn_tiles_are_not_beside_not_drawn_twice_and_past_where_they_must_be(down, right, past):
-    draws = Draws(heads=2, drawn=4, seed=3)
-    for head in range(2):
-        for tile, drawn in enumerate(draws.tiles(head, down, right, past).tolist()):
+    for drawn_by_head in Draws(heads=2, drawn=4, seed=3).tiles(down, right, past).tolist():
+        for tile, drawn in enumerate(drawn_by_head):
             far = [
                 other
                 for other in range(tile if past else down * right)
@@ -47,8 +53,7 @@ def test_drawn_tiles_are_not_beside_not_drawn_twice_and_past_where_they_must_be(
 
 def test_every_tile_is_drawn_about_as_often():
     """From 3000 heads; runs of 54 - 9 or more tiles differ by one in length."""
-    draws, tile = Draws(heads=3000, drawn=3, seed=1), 3 * TILES[1] + 4
-    drawn = torch.stack([draws.tiles(head, *TILES, False)[tile] for head in range(3000)])
+    drawn = Draws(heads=3000, drawn=3, seed=1).tiles(*TILES, False)[:, 3 * TILES[1] + 4]
     counts = drawn.flatten().bincount(minlength=54).reshape(TILES)
     assert (counts[2:5, 3:6] == 0).all() and counts.sum() == 9000
     counts[2:5, 3:6] = 200  # each of the other 45 is expected 9000 / 45 times, within √200 = 14

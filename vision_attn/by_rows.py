@@ -48,12 +48,9 @@ def attend(
 
 def _rows(q, k, v, rows, weights_of, scale):
     """The output of some rows."""
-    out = v.dtype
-    if out == torch.float16:  # whose range scores may leave
-        q, k, v = q.float(), k.float(), v.float()
-    scores = q.to(v.dtype) @ k.to(v.dtype).mT  # autocast may leave normalised queries and keys wider
-    weights = weights_of(scale * scores.to(at_least_float32(v)), rows)
-    return (weights.to(v.dtype) @ v).to(out)
+    wide = at_least_float32(v)
+    weights = weights_of(scale * (q.to(wide) @ k.to(wide).mT), rows)
+    return (weights @ v.to(wide)).to(v.dtype)
 
 
 class RowPast(FullPast):

@@ -68,9 +68,14 @@ class Recurrence:
         self, q: Float[Tensor, "B heads dq"], k: Float[Tensor, "B heads dk"], v: Float[Tensor, "B heads dv"], place: int
     ) -> Float[Tensor, "B heads dv"]:
         """Takes in the next pixel, and returns what it draws from the past and itself."""
-        q, k, wide = (t.to(self.past.dtype) for t in (self.of_queries(q), self.of_keys(k), v))
-        self.past = self.past + k[..., :, None] * with_ones(wide)[..., None, :]
-        return normalised((q[..., None, :] @ self.past)[..., 0, :]).to(v.dtype)
+        return normalised(self.drawn(q, k, with_ones(v.to(self.past.dtype)))).to(v.dtype)
+
+    def drawn(self, q, k, v):
+        """φ(q) times the state, into which φ(k) v goes first."""
+        with outside_autocast(q):
+            q, k, v = (t.to(self.past.dtype) for t in (self.of_queries(q), self.of_keys(k), v))
+            self.past = self.past + k[..., :, None] * v[..., None, :]
+            return (q[..., None, :] @ self.past)[..., 0, :]
 
 
 def with_ones(v: Float[Tensor, "... d"]) -> Float[Tensor, "... d_1"]:

@@ -15,3 +15,15 @@ def stretch(old: int, new: int, *, device=None, dtype=None) -> Float[Tensor, "ne
     place = torch.arange(old, device=device, dtype=wide)
     hat = 1 - (centre.clamp(min=0, max=old - 1)[:, None] - place).abs()
     return hat.clamp(min=0).to(dtype)
+
+
+def spread(parts: int, length: int, *, device=None, dtype=None) -> Float[Tensor, "parts length"]:
+    """How much of each of ``parts`` equal parts of an axis lies in each of its ``length`` pixels; rows sum to 1.
+
+    ``length`` may be symbolic.
+    """
+    wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+    edges = torch.arange(parts + 1, device=device, dtype=wide) * length / parts
+    pixel = torch.arange(length, device=device, dtype=wide)
+    shared = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
+    return (shared.clamp(min=0) * parts / length).to(dtype)

@@ -20,8 +20,8 @@ from .precision import at_least_float32
 
 def attend(
     q: Float[Tensor, "B heads tokens dk"],
-    k: Float[Tensor, "B heads tokens dk"],
-    v: Float[Tensor, "B heads tokens dv"],
+    k: Float[Tensor, "B heads known dk"],
+    v: Float[Tensor, "B heads known dv"],
     grid: Grid,
     pattern: Pattern,
     *,
@@ -31,8 +31,8 @@ def attend(
 ) -> Float[Tensor, "B heads tokens dv"]:
     """softmax over what ``pattern`` allows and the prefix tokens; prefix queries see all (causal: one another).
 
-    ``bias`` is added to the scaled scores of the only key set, b = B · heads. Cost: (queries × keys looked at) · d.
-    """
+    Keys may have more prefix tokens than queries. ``bias`` is added to the scaled scores of the only key set, b = B ·
+    heads. Cost: (queries × keys looked at) · d."""
     if v.dtype == torch.float16 and v.device.type == "cpu":  # slow there, and scores may pass the least float16, a mask
         bias = None if bias is None else bias.float()
         out = attend(q.float(), k.float(), v.float(), grid, pattern, scale=scale, dropout=dropout, bias=bias)
@@ -40,7 +40,7 @@ def attend(
     prefix = grid.prefix_of(q.shape[2])
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave normalised queries and keys wider
     if isinstance(pattern, All | Past) and bias is None:  # no folds: the prefix is in its place
-        out = _flash(q, k, v, dropout_p=dropout, is_causal=pattern.causal, scale=scale)
+        out = flash(q, k, v, dropout_p=dropout, is_causal=pattern.causal, scale=scale)
         if not pattern.causal:
             return out
         out = out[:, :, prefix:]
@@ -56,14 +56,20 @@ def attend(
     if prefix == 0:
         return out
     k, v = (t[:, :, :prefix] if pattern.causal else t for t in (k, v))
-    return torch.cat([_flash(q[:, :, :prefix], k, v, dropout_p=dropout, scale=scale), out], dim=2)
+    return torch.cat([flash(q[:, :, :prefix], k, v, dropout_p=dropout, scale=scale), out], dim=2)
 
 
-def _flash(q, k, v, **options):
-    """Torch's attention, values being made as wide as wider keys: else it would make the N×N matrix.
+def flash(
+    q: Float[Tensor, "B heads queries dk"],
+    k: Float[Tensor, "B heads keys dk"],
+    v: Float[Tensor, "B heads keys dv"],
+    **options,
+) -> Float[Tensor, "B heads queries dv"]:
+    """Torch's attention, with its ``options``, values being made as wide as wider keys: else it makes the N×N matrix.
 
     It does so for narrower keys, whose products would cost more if they were widened.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)
     width, wider = v.shape[-1], q.shape[-1] - v.shape[-1]
     v = F.pad(v, (0, wider)) if wider > 0 else v
     return F.scaled_dot_product_attention(q, k, v, **options)[..., :width]
@@ -71,9 +77,9 @@ def _flash(q, k, v, **options):
 
 def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
     """Attention of the positions, without the prefix queries."""
-    heads, prefix = q.shape[1], grid.prefix_of(q.shape[2])
-    maps = [rearrange(t[:, :, prefix:], "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for t in (q, k, v)]
-    before = [rearrange(t[:, :, :prefix], "B n P d -> (B n) 1 P d") for t in (k, v)]
+    heads, parts = q.shape[1], [t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in (q, k, v)]
+    maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for _, t in parts]
+    before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
     if len(key_sets) == 1:
         out = _one_set(*maps, before, grid, *key_sets, scale, dropout, bias)
     elif bias is not None:
@@ -98,7 +104,7 @@ def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
         mask = bias if mask is None else bias + mask
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
-    out = _flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return keys.place(out, grid)
 
 

@@ -10,8 +10,8 @@ a penalty on the spans to the loss, λ/heads Σ z: a training script adds λ ``b
 With ``causal=True`` the part of the window that comes before in raster order, and the pixel itself. Prefix tokens are
 at no distance: they see and are seen in full (causal: they see only one another).
 Deviations: distance in two dimensions (the paper: on a line, into the past). As in the authors' code the parameter is
-z / S; theirs is set back into [0, 1] after every optimizer step (``block.reach.data.clamp_(0, 1)``), here it is clamped
-where it is used, and keeps its gradient beyond, so that no span is stuck. Their window ends at S, ramp or not, and
+z / S; theirs is set back into [0, 1] after every optimizer step, here it is clamped where it is used, and beyond keeps
+the gradient that leads back, so that no span is stuck and none winds up. Their window ends at S, ramp or not, and
 their divisor has 1e-8 more. The position embeddings of its keys are left out.
 
 >>> from vision_attn import Grid
@@ -86,7 +86,7 @@ class Block(Mixer):
     def spans(self) -> Float[Tensor, "heads"]:
         """z of each head, in pixels: what the paper's penalty is on."""
         reach = self.reach.to(at_least_float32(self.reach))
-        return self.span * (reach.clamp(0, 1).detach() + (reach - reach.detach()))
+        return self.span * Held.apply(reach)
 
     @property
     def pattern(self) -> Window:
@@ -138,6 +138,26 @@ class Block(Mixer):
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         (keys,) = self.window.key_sets()
         return Near(self, Store(keys, Grid.of(grid), batch, self.num_heads, dims=dims, **factory))
+
+
+class Held(torch.autograd.Function):
+    """A clamp to [0, 1]; beyond, only the gradient passes along which a descent comes back."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        leaves = ((x < 0) & (slope > 0)) | ((x > 1) & (slope < 0))
+        return slope.masked_fill(leaves, 0)
 
 
 class Near:

@@ -7,11 +7,13 @@ Tiles are ``tile`` × ``tile`` pixels; beside means the 3 × 3 tiles around; glo
 raster order, which see all and are seen by all, and the prefix tokens of the host. For each head and each tile
 ``drawn`` tiles are drawn among those that are not beside it. The draw is a table of random numbers, made from ``seed``
 and kept in the state dict, which serves grids of any size: number u picks the u-th share of the tiles to choose from.
+It has rows for 256 tiles; larger grids use them again.
 With ``causal=True`` tiles are drawn among earlier ones, and all is cut to what comes before in raster order: past
 pixels of later tiles, right of a pixel in the rows above it, are left to other layers but for those beside.
 Blocks on a line of text become tiles. The paper's three parts are exact; every tile has nearly the same chance.
 Deviations: the tiles to choose from are split into ``drawn`` runs with one drawn from each, so that none is drawn twice
-(the code draws without replacement). The code's global blocks are the first and the last.
+(the code draws without replacement), global positions not excepted. The code's global blocks are the first and the
+last.
 
 >>> from vision_attn import Grid
 >>> print(Block(32, tile=2, drawn=2, tokens=3).pattern.by_head()[0].draw(Grid(9, 13), 3, 4))
@@ -30,14 +32,17 @@ from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from .. import check
-from ..key_set import KeySet, Neighbours, Tiles, rows_and_columns
+from ..grid import Grid
+from ..key_set import Everything, Only, Tiles, rows_and_columns
 from ..mixer import PatternMixer, warn_of_blind_spot
-from ..pattern import Directed, Global, Past, Pattern, PerHead
+from ..pattern import Directed, Global, Past, PerHead
+from ..union import flash
 
-ROWS = 256  # tiles with draws of their own; larger grids use them again
+ROWS = 256  # tiles with draws of their own
 BITS = 20  # of a random number
 
 
@@ -55,94 +60,42 @@ class Draws(nn.Module):
         rng = torch.Generator().manual_seed(self.seed)
         self.table.copy_(torch.randint(2**BITS, self.table.shape, generator=rng))
 
-    def tiles(self, head: int, down: int, right: int, past: bool):
-        """Tiles drawn for each of down × right tiles, (tiles, drawn); -1 where there is none left to draw."""
-        count, device = down * right, self.table.device
-        tile = torch.arange(count, device=device)
+    def tiles(self, down: int, right: int, past: bool) -> Int[Tensor, "heads tiles drawn"]:
+        """Tiles drawn for each of down × right tiles; -1 where there is none left to draw."""
+        drawn, device = self.table.shape[2], self.table.device
+        tile = torch.arange(down * right, device=device)
         y, x = rows_and_columns(tile, right)
-        choice = ((y[:, None] - y).abs() > 1) | ((x[:, None] - x).abs() > 1)
-        if past:
-            choice = choice & (tile < tile[:, None])
-        rank = choice.cumsum(dim=1)  # 1 for the first to choose from, …
-        number = self.table[head].index_select(0, tile % ROWS)
-        drawn = number.shape[1]
-        ends = rank[:, -1:] * torch.arange(drawn + 1, device=device) // drawn  # of runs, (tiles, drawn + 1)
+        runs = []  # of tiles not to be drawn, first tile and length, in raster order
+        for row in (y - 1, y) if past else (y - 1, y, y + 1):
+            first, last = (x - 1).clamp(min=0), (x + 1).clamp(max=right - 1)
+            here = row * right + first, (last - first + 1) * ((row >= 0) & (row < down))
+            runs.append((here[0], torch.minimum(here[1], tile - here[0])) if past else here)
+        choice = (tile if past else down * right) - sum(length for _, length in runs)
+        ends = choice[:, None] * torch.arange(drawn + 1, device=device) // drawn  # of shares, (tiles, drawn + 1)
         length = ends[:, 1:] - ends[:, :-1]
-        wanted = ends[:, :-1] + number * length // 2**BITS
-        found = (rank[:, None] <= wanted[..., None]).sum(dim=-1)  # index of the first whose rank is above
+        found = ends[:, :-1] + self.table.index_select(1, tile % ROWS) * length // 2**BITS  # number among the choice
+        for first, skipped in runs:
+            found = found + skipped[:, None] * (found >= first[:, None])
         return found.masked_fill(length == 0, -1)
 
 
 @dataclass(frozen=True)
-class Beside(Pattern):
-    """The 3 × 3 tiles around its own."""
-
-    side: int
-
-    def allowed(self, qy, qx, ky, kx, grid):
-        return (abs(qy // self.side - ky // self.side) <= 1) & (abs(qx // self.side - kx // self.side) <= 1)
-
-    def key_sets(self):
-        return (TilesBeside((self.side, self.side), tile=self.side),)
-
-
-@dataclass(frozen=True)
-class Drawn(Directed):
-    """The tiles drawn for its own, by one head."""
+class NearAndDrawn(Directed):
+    """The 3 × 3 tiles around its own, and those drawn for it by one head."""
 
     side: int
     head: int
     draws: Draws = field(repr=False)
 
-    @property
-    def all(self) -> Tiles:
-        return Tiles((self.side, self.side))
-
-    def tiles(self, grid):
-        n = self.all.sizes(*grid)
-        return self.draws.tiles(self.head, n["y"], n["x"], self.past)
-
     def allowed(self, qy, qx, ky, kx, grid):
-        right = self.all.sizes(*grid)["x"]
-        own, other = (torch.as_tensor(y // self.side * right + x // self.side) for y, x in ((qy, qx), (ky, kx)))
-        return (self.tiles(grid).to(own.device)[own] == other[..., None]).any(dim=-1)
+        qy, qx, ky, kx = (torch.as_tensor(place) // self.side for place in (qy, qx, ky, kx))
+        sizes = Tiles((self.side, self.side)).sizes(*grid)
+        drawn = self.draws.tiles(sizes["y"], sizes["x"], self.past)[self.head].to(ky.device)
+        near = ((qy - ky).abs() <= 1) & ((qx - kx).abs() <= 1)
+        return near | (drawn[qy * sizes["x"] + qx] == (ky * sizes["x"] + kx)[..., None]).any(dim=-1)
 
     def key_sets(self):
-        return (DrawnTiles(self),)
-
-
-class TilesBeside(Neighbours):
-    """Every position with the tiles around its own, whole."""
-
-    def mask(self, grid, device):
-        _, key = self.numbers(grid, device)
-        return (key >= 0)[:, None]
-
-    seen_from = KeySet.seen_from  # sampling keeps the whole past
-
-
-@dataclass(frozen=True)
-class DrawnTiles(KeySet):
-    """Every position with the tiles drawn for its own."""
-
-    pattern: Drawn
-
-    def queries(self, x):
-        return self.pattern.all.queries(x)
-
-    def place(self, y, grid, fill=0.0):
-        return self.pattern.all.place(y, grid, fill)
-
-    def keys(self, x):
-        tiles = self.queries(x)
-        drawn = self.pattern.tiles(x.shape[1:3])
-        found = tiles.index_select(1, drawn.flatten().clamp(min=0))
-        return rearrange(found, "b (t n) p d -> b t (n p) d", n=drawn.shape[1])
-
-    def mask(self, grid, device):
-        _, key = self.numbers(grid, device)
-        missing = (self.pattern.tiles(grid) < 0).repeat_interleave(self.pattern.side**2, dim=1)
-        return ((key >= 0) & ~missing)[:, None]
+        return (Only(Everything(), self),)  # for sampling, which keeps the whole past; `mix` gathers tiles instead
 
 
 class Block(PatternMixer):
@@ -152,7 +105,8 @@ class Block(PatternMixer):
         tile: side of a tile in pixels.
         drawn: number of tiles drawn for each.
         tokens: number of positions that see all and are seen by all.
-        seed: of the draw, which is made anew by `reset_parameters` of ``draws``.
+        seed: ≥ 1, of the draw, which is made anew by `reset_parameters` of ``draws``. None: torch's generator gives
+            one, so that layers differ.
         causal: only what comes before in raster order, and itself.
         Others: those of `Mixer`.
 
@@ -168,20 +122,71 @@ class Block(PatternMixer):
         tile: int = 4,
         drawn: int = 3,
         tokens: int = 8,
-        seed: int = 1,
+        seed: int | None = None,
         causal: bool = False,
         device=None,
         dtype=None,
         **mixer,
     ):
+        seed = int(torch.randint(1, 2**31, (), device="cpu")) if seed is None else seed
         for name, value in (("tile", tile), ("drawn", drawn), ("tokens", tokens), ("seed", seed)):
             check.positive_int(name, value)
         check.boolean("causal", causal)
         # the heads that the base counts have draws of their own, so the pattern comes after it
         super().__init__(Past() if causal else Global(tokens), dim, num_heads, device=device, dtype=dtype, **mixer)
+        self.side, self.tokens = tile, tokens
         self.draws = Draws(self.num_heads, drawn, seed, device=device)
-        by_head = tuple(Drawn(tile, head, self.draws, past=causal) for head in range(self.num_heads))
-        pattern = PerHead(tuple(Beside(tile) | one | Global(tokens) for one in by_head))
+        by_head = (NearAndDrawn(tile, head, self.draws, past=causal) for head in range(self.num_heads))
+        pattern = PerHead(tuple(one | Global(tokens) for one in by_head))
         self.pattern = pattern & Past() if causal else pattern
         if not self.draws.table.is_meta:  # nothing is drawn there
             warn_of_blind_spot(self)
+
+    def mix(self, q, k, v, grid):
+        if v.dtype == torch.float16 and v.device.type == "cpu":  # slow there
+            return self.mix(q.float(), k.float(), v.float(), grid).half()
+        heads, prefix, fold = q.shape[1], grid.prefix_of(q.shape[2]), Tiles((self.side, self.side))
+        first = prefix + torch.sym_min(self.tokens, grid.size)  # tokens that all see
+        seen, place = self.seen(grid), fold.numbers(grid, q.device)[0]  # (heads, tiles, m), (tiles, side²)
+        count = place.shape[0]
+
+        def tiles(t):  # (B, heads · tiles, side², d)
+            maps = rearrange(t[:, :, prefix:], "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width)
+            return rearrange(fold.queries(maps), "(B n) t p d -> B (n t) p d", n=heads)
+
+        def keys(t):  # (B, heads · tiles, first + m · side², d)
+            index = seen.clamp(min=0) + count * torch.arange(heads, device=q.device)[:, None, None]
+            found = rearrange(
+                tiles(t).index_select(1, index.flatten()), "B (n t m) p d -> B (n t) (m p) d", n=heads, t=count
+            )
+            start = t[:, :, None, :first].expand(-1, -1, count, -1, -1).flatten(1, 2)
+            return torch.cat([start, found], dim=2)
+
+        key = place[seen.clamp(min=0)].masked_fill((seen < 0)[..., None], -1).flatten(2)[:, :, None]
+        mask = key >= first - prefix  # what all see is not seen twice; padding is -1
+        if self.causal:
+            query = place.masked_fill(place < 0, grid.size)[..., None]  # padding may see all
+            mask = mask & (key <= query)
+            start = torch.arange(-prefix, first - prefix, device=q.device) <= query
+        else:
+            start = torch.ones(count, 1, first, dtype=torch.bool, device=q.device)
+        mask = torch.cat([start.expand(heads, -1, -1, -1), mask], dim=3).flatten(0, 1)
+        options = dict(dropout_p=self.dropout, scale=self.scale)
+        out = flash(tiles(q), keys(k), keys(v), attn_mask=mask[None], **options)
+        out = fold.place(rearrange(out, "B (n t) p d -> (B n) t p d", n=heads), grid)
+        out = rearrange(out, "(B n) H W d -> B n (H W) d", n=heads)
+        if self.causal:
+            start = flash(*(t[:, :, :prefix] for t in (q, k, v)), **options)
+            return torch.cat([start, out], dim=2)
+        start = flash(q[:, :, :first], k, v, **options)
+        return torch.cat([start, out.narrow(2, first - prefix, grid.size - first + prefix)], dim=2)
+
+    def seen(self, grid: Grid) -> Int[Tensor, "heads tiles m"]:
+        """The tiles that each tile sees, near ones and drawn ones; -1: there is none."""
+        sizes = Tiles((self.side, self.side)).sizes(*grid)
+        down, right, device = sizes["y"], sizes["x"], self.draws.table.device
+        y, x = rows_and_columns(torch.arange(down * right, device=device), right)
+        dy, dx = rows_and_columns(torch.arange(6 if self.causal else 9, device=device), 3)
+        y, x = y[:, None] + dy - 1, x[:, None] + dx - 1
+        near = (y * right + x).masked_fill((y < 0) | (y >= down) | (x < 0) | (x >= right), -1)
+        return torch.cat([near.expand(self.num_heads, -1, -1), self.draws.tiles(down, right, self.causal)], dim=2)

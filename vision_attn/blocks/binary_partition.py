@@ -116,7 +116,7 @@ class Block(PyramidMixer):
     def __init__(self, dim, num_heads=None, *, near: int = 1, levels: int = 4, causal: bool = False, **mixer):
         check.positive_int("near", near)
         check.positive_int("levels", levels)
-        if levels > 60:
-            raise ValueError(f"levels={levels!r}: must be ≤ 60")
+        if (near + 1) * 2**levels >= 2**61:
+            raise ValueError(f"levels={levels!r}: what is near must have less than 2^62 pixels a side")
         check.boolean("causal", causal)
         super().__init__(Quadtree(past=causal, near=near, levels=levels), dim, num_heads, **mixer)

@@ -1,6 +1,6 @@
 """Gaussian prior: dense attention that expects what matters to be near, by a bell around each pixel that heads learn.
 
-Yang et al. 2018, Localness; Guo et al. 2019, Gaussian Transformer, https://arxiv.org/abs/1810.10182
+Guo et al. 2019, Gaussian Transformer; Yang et al. 2018, Localness, https://arxiv.org/abs/1810.10182
     A_i = softmax over all j of q_i · k_j d^-½ + B_ij
     B_ij = -(r_j - r_i - a_r)² / 2 σ_r² - (c_j - c_i - a_c)² / 2 σ_c²      r: row, c: column
 Cost: 2 N² (d + 4 heads)
@@ -12,7 +12,7 @@ Prefix tokens have no place: B = 0 between them and all others.
 With ``causal=True`` a position looks at itself and at what comes before it in raster order; prefix tokens come first
 of all and see only one another.
 Deviations: two axes (the papers: a line of text). Centre and width are parameters of a head (Yang et al. predict them
-from the query, inside the sentence).
+from the query, inside the sentence). Guo et al.'s offset, a penalty on a word's own place, is left out.
 """
 
 import math

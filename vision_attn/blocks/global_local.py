@@ -3,14 +3,15 @@
 Ainslie et al. 2020, ETC, https://arxiv.org/abs/2004.08483
     G_w = softmax over global tokens w' and tokens j of (γ_w U₁ γ_w' + a_{w'-w}, γ_w U₂ k_j + b_{w(j)-w}) d^-½
     A_u = softmax over pixels v near u and global tokens w of (q_u k_v + c_{v-u}, q_u U₃ (G k)_w + e_{w-w(u)}) d^-½
-Cost: 2 N (k² + 2 windows²) d
+Cost: 2 N (k² + 4 windows²) d
 The four pieces are the paper's: global to global, global to local, local to global, and local to local within a
-window of k × k pixels around each. Each has a bilinear form of its own (U; the identity for local to local) and learned
-labels for the relative position, here in two dimensions: of pixels, or of windows. A block has no global tokens of
-its own to keep, so they are made anew: the image is cut into G = ``windows`` × ``windows`` parts, whatever its size,
-and token w starts as the mean γ of its window's queries, keys and values, then reads, and is read.
-Deviations: those; values have one projection for all pieces, and U acts within a head, so that the output stays
-weights @ v. Prefix tokens look at all tokens and all look at them, without labels. ETC's pretraining is not here.
+window of k × k pixels around each. Each has a bilinear form of its own (U; the identity for local to local) and a
+learned number a head for each relative position, here in two dimensions: of pixels, or of windows. A block has no
+global tokens of its own to keep, so they are made anew: the image is cut into G = ``windows`` × ``windows`` parts,
+whatever its size, and token w starts as the mean γ of its window's queries, keys and values, then reads, and is read.
+Deviations: those; ETC's labels are vectors that meet the query, here they are added to its scores; values have one
+projection for all pieces, and U acts within a head, so that the output stays weights @ v. Prefix tokens look at all
+tokens and all look at them, without labels. ETC's pretraining is not here.
 """
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from .. import check
 from ..key_set import Neighbours
 from ..mixer import Mixer
+from ..precision import at_least_float32, outside_autocast
 
 
 class Block(Mixer):
@@ -68,9 +70,13 @@ class Block(Mixer):
         nn.init.normal_(self.of_pixels, std=0.02)
 
     def mix(self, q, k, v, grid):
-        prefix, dtype = grid.prefix_of(q.shape[2]), v.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        q, k, v = (t.to(wide) for t in (q, k, v))
+        wide = at_least_float32(v)
+        with outside_autocast(v):
+            return self.read_and_look(q.to(wide), k.to(wide), v.to(wide), grid).to(v.dtype)
+
+    def read_and_look(self, q, k, v, grid):
+        """What pixels take once the global tokens have read."""
+        prefix, wide = grid.prefix_of(q.shape[2]), v.dtype
         forms, of_windows = self.forms.to(wide), self.of_windows.to(wide)
         owner, size = self.owners(grid, q.device)
         share = F.one_hot(owner, size.shape[0]).to(wide).mT / size.clamp(min=1)[:, None]  # (G, N)
@@ -94,7 +100,7 @@ class Block(Mixer):
         to_global, to_prefix, to_near = torch.cat(scores, dim=-1).softmax(dim=-1).split(sizes, dim=-1)
         out = to_global @ read_v + to_prefix @ v[:, :, :prefix] + self.near_values(to_near, v[:, :, prefix:], grid)
         first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=self.scale)
-        return torch.cat([first, out], dim=2).to(dtype)
+        return torch.cat([first, out], dim=2)
 
     def owners(self, grid, device):
         """The window of each pixel (N,), and the number of pixels of each window (G,)."""

@@ -3,11 +3,12 @@
 Gupta & Berant 2020, GMAT, https://arxiv.org/abs/2006.03274
     G_m = softmax over all tokens j of μ_m · k_j d^-½
     A_u = softmax over {v : v in the chunk of u} ∪ {memory m} of q_u · (k_v or κ_m + G_m k) d^-½
-Cost: 2 N (c² + 2 memory) d
+Cost: 2 N c² d + 5 N memory d
 ``memory`` tokens m with a learned query μ and a learned part κ of their key; chunks are c × c pixels, c = ``chunk``.
 What a pixel takes from a memory token is what that one has read, so every pixel hears every other.
 Deviations: in the paper the memory goes along from layer to layer as tokens of their own, and is read one layer after
-it is written; a block knows one layer, so it writes first and is read then, and the memory starts anew in each. Chunks
+it is written; a block knows one layer, so it writes first and is read then, and the memory starts anew in each. It
+reads the image alone (the paper: itself as well). Chunks
 of a line of text become squares. No code was published.
 
 >>> from vision_attn import Grid
@@ -72,9 +73,8 @@ class Block(Mixer):
         known = F.scaled_dot_product_attention(queries, k, torch.cat([k, v], dim=-1), scale=self.scale)
         read_keys, read_values = known.split([k.shape[-1], v.shape[-1]], dim=-1)
         # memory goes before the prefix tokens, which all see
-        q, k = torch.cat([queries, q], dim=2), torch.cat([keys + read_keys, k], dim=2)
-        out = attend(q, k, torch.cat([read_values, v], dim=2), grid, self.chunk, scale=self.scale)
-        return out.narrow(2, queries.shape[2], out.shape[2] - queries.shape[2])
+        k, v = torch.cat([keys + read_keys, k], dim=2), torch.cat([read_values, v], dim=2)
+        return attend(q, k, v, grid, self.chunk, scale=self.scale)
 
     def weights(self, q, k, grid):
         queries, keys = self.memory.to(q.dtype)

@@ -10,7 +10,8 @@ without it, what is right of a pixel in the rows above is never heard.
 Prefix tokens look at all tokens alike (causal: at one another), and positions do not look at them.
 The source crafts attention for a line of audio frames by hand (fixed diagonals, blocks and verticals); these are
 their counterparts on a grid.
-Deviations: see above; the source's other baselines without q · k are a block of their own, `synthesizer`.
+Deviations: see above; ``key_dim`` has no effect; the source's other baselines without q · k are a block of their own,
+`synthesizer`.
 
 >>> from vision_attn import Grid
 >>> for pattern in Block(96, num_heads=3, patterns=("left", "row", "previous_row"), causal=True).pattern.by_head():

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import check
 from ..gate import Gate
-from ..precision import at_least_float32
+from ..precision import at_least_float32, outside_autocast
 
 
 class Block(Gate):
@@ -39,7 +39,7 @@ class Block(Gate):
         if ratio > 1:
             raise ValueError(f"ratio={ratio!r}: must be in (0, 1]")
         check.positive_int("stride", stride)
-        self.compared, self.stride = max(1, int(ratio * dim)), stride
+        self.compared, self.stride = max(1, round(ratio * dim)), stride
         self.near = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, device=device, dtype=dtype)
         self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
 
@@ -53,10 +53,11 @@ class Block(Gate):
         theta = x[:, : self.compared].flatten(2).to(wide)  # (B, ρC, N)
         g = some.flatten(2).to(wide)  # (B, C, M)
         phi = g[:, : self.compared]
-        if torch.compiler.is_compiling() or self.linear_is_cheaper(theta.shape[2], g.shape[2]):
-            out = (g @ phi.mT) @ theta
-        else:
-            out = g @ (phi.mT @ theta)
+        with outside_autocast(x):
+            if torch.compiler.is_compiling() or self.linear_is_cheaper(theta.shape[2], g.shape[2]):
+                out = (g @ phi.mT) @ theta
+            else:
+                out = g @ (phi.mT @ theta)
         most = torch.finfo(x.dtype).max / 16  # float16 ends where the cube of a feature of 40 does
         return (out / theta.shape[2]).clamp(-most, most).to(x.dtype).unflatten(2, x.shape[2:])
 

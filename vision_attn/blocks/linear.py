@@ -3,8 +3,9 @@
 Katharopoulos et al. 2020, Transformers are RNNs, https://arxiv.org/abs/2006.16236
     A_i = Σ_j φ(q_i) · φ(k_j) v_j / Σ_j φ(q_i) · φ(k_j)    φ(x) = elu(x) + 1
 Cost: 2 N (d / heads + 1) d
-With ``causal=True`` the sums are over what comes before in raster order and the pixel itself: prefix sums in chunks,
-and pixel by pixel a recurrent state of d² numbers (``new_cache``, ``step``) that does not grow with the image.
+With ``causal=True`` the sums are over what comes before in raster order and the pixel itself: prefix sums in chunks
+of 64, which adds 128 N d, and pixel by pixel a recurrent state of d² / heads + d numbers (``new_cache``, ``step``) that
+does not grow with the image.
 The order of positions does not matter otherwise; prefix tokens are ordinary and, if causal, come first of all.
 Deviations: no ε in the quotient, whose divisor is a sum of positive numbers. Sums are taken in at least float32.
 """

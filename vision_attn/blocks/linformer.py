@@ -2,12 +2,13 @@
 
 Wang et al. 2020, Linformer, https://arxiv.org/abs/2006.04768
     y = softmax(q (E k)ᵀ d^-½) (F v)    E, F: k × N
-Cost: 2 N rank² d
+Cost: 2 N (rank² + rank) d
 The paper's E and F belong to one length of text. In two dimensions they are products of a matrix for the rows and one
-for the columns, k = k_H k_W (``rank`` each), learned for ``length`` pixels an axis and resized to any other so that
-their sums stay; so one grid's weights serve every grid. ``sharing`` is the paper's: "none", "headwise" (one E and one
-F for all heads) or "key_value" (also E = F; sharing over layers is the host's). ``projection="mean"`` is its pooling
-variant: means over k_H × k_W equal parts of the image, with nothing to learn.
+for the columns, k = k_H k_W (``rank`` each), learned for ``length`` pixels an axis. On any other number of pixels each
+entry is spread over the pixels that share its part of the axis, so that sums stay; one grid's weights serve every grid.
+``sharing`` is the paper's: "none", "headwise" (one E and one F for all heads) or "key_value" (also E = F; sharing over
+layers is the host's). ``projection="mean"`` is its pooling variant: means over k_H × k_W equal parts of the image, with
+nothing to learn.
 Prefix tokens are not projected: they stand beside the projected keys.
 Deviations: the factoring over axes. Rows of ``weights``, softmax times F, sum to 1 for means only, as in the paper.
 """
@@ -21,8 +22,8 @@ from torch import nn
 
 from .. import check
 from ..mixer import Mixer
-from ..precision import at_least_float32
-from ..resize import stretch
+from ..precision import at_least_float32, outside_autocast
+from ..resize import spread
 
 
 class Block(Mixer):
@@ -33,7 +34,8 @@ class Block(Mixer):
         length: axis length that E and F are learned for, an integer or (height, width).
         sharing: "none", "headwise" or "key_value".
         projection: "learned" or "mean".
-        Others: those of `Mixer`, but ``attn_drop``: weights are dropped before F spreads them.
+            ``length`` and ``sharing`` are of the learned one alone.
+        Others: those of `Mixer`, but ``attn_drop``, which could drop no pixel: F spreads the weights over all of them.
 
     Raises:
         ValueError: an argument is out of range.
@@ -79,23 +81,20 @@ class Block(Mixer):
     def mix(self, q, k, v, grid):
         prefix = grid.prefix_of(q.shape[2])
         wide = at_least_float32(v)
-        (down_k, down_v), (right_k, right_v) = (self.projections(axis, grid, q.device, wide) for axis in (0, 1))
-        k, v = (
-            torch.cat([t[:, :, :prefix], project(t[:, :, prefix:].to(wide), grid, down, right).to(t.dtype)], dim=2)
-            for t, down, right in ((k, down_k, right_k), (v, down_v, right_v))
-        )
+        with outside_autocast(v):
+            (down_k, down_v), (right_k, right_v) = (self.projections(axis, grid, q.device, wide) for axis in (0, 1))
+            k, v = (
+                torch.cat([t[:, :, :prefix], project(t[:, :, prefix:].to(wide), grid, down, right).to(t.dtype)], dim=2)
+                for t, down, right in ((k, down_k, right_k), (v, down_v, right_v))
+            )
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
     def projections(self, axis, grid, device, dtype):
         """Of keys and of values along an axis, each (heads or 1, rank, axis length)."""
         length, rank, table = grid[axis], self.rank[axis], (self.rows, self.columns)[axis]
         if table is None:
-            edges = torch.arange(rank + 1, device=device, dtype=dtype) * length / rank
-            pixel = torch.arange(length, device=device, dtype=dtype)
-            shared = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
-            return (shared.clamp(min=0) * rank / length).expand(2, 1, rank, length)
-        to_length = stretch(self.length[axis], length, device=device, dtype=dtype)
-        resized = table.to(dtype) @ to_length.mT * (self.length[axis] / length)
+            return spread(rank, length, device=device, dtype=dtype).expand(2, 1, rank, length)
+        resized = table.to(dtype) @ spread(self.length[axis], length, device=device, dtype=dtype)
         return resized.expand(2, -1, -1, -1)
 
     def weights(self, q, k, grid):
@@ -110,18 +109,18 @@ class Block(Mixer):
         return torch.cat([weights[..., :prefix], weights[..., prefix:] @ f], dim=-1)
 
     def plain(self, axis, grid, like):
-        """E and F along an axis, by torch's interpolation and in a loop over parts."""
-        length, rank, table = grid[axis], self.rank[axis], (self.rows, self.columns)[axis]
-        if table is not None:
-            sizes = dict(size=length, mode="linear", align_corners=False)
-            tables = [F.interpolate(t.to(like.dtype), **sizes) * self.length[axis] / length for t in table]
-            return tables if len(tables) == 2 else tables * 2
-        parts = torch.zeros(1, rank, length, dtype=like.dtype, device=like.device)
-        for part in range(rank):
+        """E and F along an axis, in a loop over the parts of it that entries of the table, or means, stand for."""
+        length, table = grid[axis], (self.rows, self.columns)[axis]
+        count = self.rank[axis] if table is None else self.length[axis]
+        parts = torch.zeros(1, count, length, dtype=like.dtype, device=like.device)
+        for part in range(count):
             for place in range(length):
-                begin, end = max(place, part * length / rank), min(place + 1, (part + 1) * length / rank)
-                parts[0, part, place] = max(0, end - begin) * rank / length
-        return parts, parts
+                begin, end = max(place, part * length / count), min(place + 1, (part + 1) * length / count)
+                parts[0, part, place] = max(0, end - begin) * count / length
+        if table is None:
+            return parts, parts
+        tables = [t.to(like.dtype) @ parts for t in table]
+        return tables if len(tables) == 2 else tables * 2
 
 
 def project(t, grid, down, right):

@@ -8,7 +8,8 @@ Global are the prefix tokens of the host (ViL's reading for images: learned toke
 in raster order, so that a map without prefix tokens has some and the pattern can be causal. What they look at goes
 through queries, keys and values of their own. With ``causal=True`` all is cut to what comes before.
 Windows on a line of text become squares.
-Deviations: scores of global keys, as seen by the others, use the common projections, as in the code.
+Deviations: scores of global keys, as seen by the others, use the common projections, as in the code. The second
+projections start on their own (the paper: as copies of the first).
 
 >>> from vision_attn import Grid
 >>> for pattern in Block(64, num_heads=2, kernel_size=3, dilation=(1, 2), tokens=2).pattern.by_head():
@@ -127,6 +128,20 @@ class Block(PatternMixer):
         mask = (place <= place[:, None]) | (not self.causal)
         weights[:, :, :count] = softmax_over(mask[None], q, k, self.scale)[:, :, :count]
         return weights
+
+    def reference(self, x, grid):
+        """The whole block by its definition: `weights`, and the rows of global tokens one by one."""
+        grid, (q, k, v) = Grid.of(grid), self.heads(x, grid)
+        prefix, out = grid.prefix_of(x.shape[1]), self.weights(q, k, grid) @ v
+        q, k, v = (
+            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv_global(x).split(self.widths, -1)
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        for token in range(prefix + min(self.tokens, grid.size)):
+            seen = max(prefix, token + 1) if self.causal else x.shape[1]
+            row = (q[:, :, token, None] @ k[:, :, :seen].mT * self.scale).softmax(dim=-1) @ v[:, :, :seen]
+            out = torch.cat([out[:, :, :token], row, out[:, :, token + 1 :]], dim=2)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         return WithGlobal(super().new_cache(batch, grid, full=full, device=device, dtype=dtype))

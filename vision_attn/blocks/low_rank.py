@@ -8,8 +8,8 @@ key channels (``key_dim=num_heads``: rank 1). c is learned, so Pᵀ c is a learn
 tanh keeps scores within ±1: no weight is more than e² times another.
 The source pools a sentence into one vector a head. Here every pixel gets it, so the rows of the matrix are all equal;
 with ``causal=True`` it is that of what comes before in raster order and the pixel itself, by prefix sums, and pixel by
-pixel a state of d numbers. The order of positions does not matter otherwise; prefix tokens are ordinary and, if causal,
-come first of all.
+pixel a state of d + heads numbers. The order of positions does not matter otherwise; prefix tokens are ordinary and, if
+causal, come first of all.
 ``l2_norm=True`` scales the scores of a pixel to unit length over the heads, as the source does; they must be several.
 Deviations: that is off by default, since it takes several heads and the scores of all of them are coupled by it. Values
 are projected, and of heads (the source: all of x for every head, then a projection). The source's other context, the
@@ -22,10 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import check
-from ..kernel import Recurrence, attend_past, normalised, state, with_ones
+from ..kernel import Recurrence, normalised, state, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import at_least_float32
+from ..precision import at_least_float32, outside_autocast
 
 
 class Block(Mixer):
@@ -74,7 +74,8 @@ class Block(Mixer):
     def scores(self, k: Float[Tensor, "B heads tokens d"]) -> Float[Tensor, "B heads tokens 1"]:
         """Of each pixel, in at least float32."""
         wide = at_least_float32(k)
-        scores = (k.to(wide) @ self.context.to(wide)[:, :, None]).to(wide).tanh()
+        with outside_autocast(k):
+            scores = (k.to(wide) @ self.context.to(wide)[:, :, None]).tanh()
         return F.normalize(scores, dim=1) if self.l2_norm else scores
 
     def mix(self, q, k, v, grid):
@@ -86,7 +87,7 @@ class Block(Mixer):
             t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in (scores.exp(), values)
         )
         before = state(first_k, first)
-        out = torch.cat([before.expand_as(first), attend_past(torch.ones_like(k), k, values, before)], dim=2)
+        out = torch.cat([before.expand_as(first), before + (k * values).cumsum(dim=2)], dim=2)
         return normalised(out).to(v.dtype)
 
     def weights(self, q, k, grid):

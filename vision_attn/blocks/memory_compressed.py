@@ -2,12 +2,12 @@
 
 Liu et al. 2018, T-DMCA; Wang et al. 2021, PVT, https://arxiv.org/abs/1801.10198
     A_u = softmax over blocks c of q_u · k̄_c d^-½    k̄_c = Σ_{j in c} W_j k_j    v̄_c = Σ_{j in c} w_j v_j
-Cost: 2 N² d / stride²
+Cost: 2 N² d / stride² + N d² / heads
 Blocks are ``stride`` × ``stride`` pixels, which is also the kernel's size; those cut by the border are filled with
 zeros. W is a full convolution of each head's keys. With ``causal=True`` a block is seen once it is complete, wholly
 before the pixel or ending with it; before the first there is nothing to see, so a null key, which is learned and
 worth nothing, stands beside them. The newest pixels are then left to other layers or heads, as in the paper, which
-alternates with local attention.
+alternates with local attention. Prefix tokens are seen as they are; ``qk_norm`` comes before the convolution.
 The paper compresses a line of text by 3; blocks of pixels are its reading in two dimensions, which PVT has too.
 Deviations: values are convolved with one kernel w for all channels of a head, so that the output stays weights @ v
 (the paper: a full convolution; mixing channels is left to the projections). The scale is that of a head's width (a

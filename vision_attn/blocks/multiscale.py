@@ -81,8 +81,8 @@ class Block(PyramidMixer):
         radius, _ = (size // 2 for size in check.odd_pair("kernel_size", kernel_size))
         check.positive_int("scale_factor", scale_factor)
         check.positive_int("levels", levels)
-        if scale_factor ** (levels - 1) >= 2**61:
-            raise ValueError(f"levels={levels!r}: cells must have less than 2^61 pixels a side")
+        if (radius + 1) * scale_factor ** (levels - 1) >= 2**61:
+            raise ValueError(f"levels={levels!r}: the largest window must have less than 2^62 pixels a side")
         check.boolean("causal", causal)
         check.no_attn_drop(attn_drop)
         super().__init__(Retina(radius, scale_factor, levels, past=causal), dim, num_heads, **mixer)

@@ -7,9 +7,9 @@ Cost: 4 N M d
 A head of d channels has M = d ln d features. ω (M × d) is normal, and orthogonal in blocks of d rows, which makes the
 error smaller; it is a buffer that all heads share, saved with the weights, and `redraw` draws it anew. The larger the
 scores, the more features they take: at scores of several units the estimate is rough.
-With ``causal=True`` the sums are over what comes before in raster order and the pixel itself: prefix sums in chunks,
-and pixel by pixel a recurrent state that does not grow with the image. The order of positions does not matter
-otherwise; prefix tokens are ordinary and, if causal, come first of all.
+With ``causal=True`` the sums are over what comes before in raster order and the pixel itself: prefix sums in chunks
+of 64, which adds 64 N (M heads + d), and pixel by pixel a recurrent state that does not grow with the image. The order
+of positions does not matter otherwise; prefix tokens are ordinary and, if causal, come first of all.
 What keeps exp in range cancels in the quotient. For all pixels it is a softmax over positions for every feature, and
 one over features for every query, right at any scale. A causal one can't use what the authors' code subtracts, the
 largest exponent of all keys, which tells the past of the future. But ω k̂ - ‖k̂‖² / 2 ≤ ‖ω‖² / 2 whatever the key, and
@@ -139,15 +139,7 @@ class Block(Mixer):
             raise ValueError("full=True: the state is all that a Performer knows of the past")
         weight, channels = self.qkv.weight, (len(self.omega), self.dim // self.num_heads + 1)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-        return State(self.features_of_queries, self.features_of_keys, batch, self.num_heads, *channels, **factory)
+        return Recurrence(self.features_of_queries, self.features_of_keys, batch, self.num_heads, *channels, **factory)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, features={len(self.omega)}"
-
-
-class State(Recurrence):
-    """The state of a causal Performer."""
-
-    def step(self, q, k, v, place):
-        with outside_autocast(q):
-            return super().step(q, k, v, place)

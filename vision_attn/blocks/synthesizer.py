@@ -13,7 +13,8 @@ With ``causal=True`` a pixel takes from whole rows above and from its own row up
 Prefix tokens have no place to learn logits for: their score is 0, and they look at all tokens alike (causal: at one
 another).
 Deviations: the paper's factorized dense form repeats and multiplies two short logits; here it is the factoring over
-axes of every form. Mixtures are of dense and random logits.
+axes of every form. Mixtures are of dense and random logits; the paper's with q · k, and its fixed random tables, are
+not offered.
 """
 
 from typing import Literal
@@ -37,7 +38,8 @@ class Block(Mixer):
         length: axis length that logits are learned for, an integer or (height, width).
         rank: of the factorized matrices.
         causal: only what comes before in raster order, and itself.
-        Others: those of `Mixer`, but ``scale``, ``qk_norm`` and ``attn_drop``, which it has no use for.
+        Others: those of `Mixer`, but ``scale``, ``qk_norm`` and ``attn_drop``, which it has no use for; nor has it for
+            ``key_dim`` where nothing is dense.
 
     Raises:
         ValueError: an argument is out of range.
@@ -99,18 +101,18 @@ class Block(Mixer):
 
     def weights(self, q, k, grid):
         prefix, (height, width) = grid.prefix_of(q.shape[2]), grid
-        places = q[:, :, prefix:]
-        y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+        places, at = q[:, :, prefix:], torch.arange(max(grid), device=q.device)
+        y, x = at[:height].repeat_interleave(width), at[:width].repeat(height)
         rows = self.axes[0].plain(places, height, y)  # (B, heads, N, H)
         columns = self.axes[1].plain(places, width, x)  # (B, heads, N, W)
         if self.causal:
-            rows = rows.masked_fill(torch.arange(height) > y[:, None], -torch.inf)
+            rows = rows.masked_fill(at[:height] > y[:, None], -torch.inf)
         rows = torch.cat([rows.new_zeros(*rows.shape[:3], prefix), rows], dim=-1).softmax(dim=-1)
-        between = torch.arange(height) * width + x[:, None]  # the pixel in row y' and the query's column, (N, H)
+        between = at[:height] * width + x[:, None]  # the pixel in row y' and the query's column, (N, H)
         in_row = columns.softmax(dim=-1)[:, :, between]  # (B, heads, N, H, W)
         if self.causal:
-            past = columns.masked_fill(torch.arange(width) > x[:, None], -torch.inf).softmax(dim=-1)
-            own = (torch.arange(height) == y[:, None])[..., None]
+            past = columns.masked_fill(at[:width] > x[:, None], -torch.inf).softmax(dim=-1)
+            own = (at[:height] == y[:, None])[..., None]
             in_row = torch.where(own, past[:, :, :, None], in_row)
         there = (rows[..., prefix:, None] * in_row).flatten(3)
         rest = torch.cat([rows[..., :prefix], there], dim=-1)

@@ -5,8 +5,8 @@ import itertools
 import torch
 from torch import nn
 
-from .case import BATCH, GRID, GRIDS, HEADS, KEY, PREFIXES, holds_for
-from .oracle import assert_equal, assert_same_bits, assert_same_function, sides
+from .case import BATCH, GRID, GRIDS, HEADS, KEY, PREFIXES, SMALL, holds_for
+from .oracle import assert_equal, assert_same_bits, assert_same_function, sides, step_sides
 
 
 @holds_for("average")
@@ -26,7 +26,7 @@ def what_all_tokens_agree_on_is_kept(case):
     """Where all values are 1, so is what every token gets: nothing from outside, such as padding, comes in."""
     for grid, prefix in itertools.product(GRIDS, PREFIXES):
         with case.trying(grid=grid, prefix=prefix):
-            for fast, _, (q, k, v) in sides(case.block(), grid, prefix):
+            for fast, _, (q, k, v) in step_sides(case.block(), grid, prefix):
                 assert_equal(fast(q, k, torch.ones_like(v)), torch.ones_like(v))
 
 
@@ -34,7 +34,7 @@ def what_all_tokens_agree_on_is_kept(case):
 def a_shift_of_all_scores_of_a_query_changes_nothing(case):
     """A vector added to all keys shifts all scores of a query alike, which a softmax does not see."""
     with case.trying(grid=GRID):
-        for fast, _, (q, k, v) in sides(case.block(), GRID, 5):
+        for fast, _, (q, k, v) in step_sides(case.block(), GRID, 5):
             assert_equal(fast(q, k + 3 * torch.randn(KEY, dtype=torch.float64), v), fast(q, k, v))
 
 
@@ -163,6 +163,27 @@ def the_future_has_no_effect(case):
                 assert torch.equal(other[:, : 5 + place + 1], out[:, : 5 + place + 1])
                 if dtype == torch.float64:  # large scores may hear but one, which is not changed
                     assert (other[:, 5 + place + 1 :] != out[:, 5 + place + 1 :]).any(-1).all()
+
+
+@holds_for("causal")
+def step_by_step_it_gives_the_same(case):
+    """Made pixel by pixel, outputs are those of the whole, also under autocast, where no sum of the past overflows."""
+    block, x = case.block(**case.wide_keys), case.input(SMALL, prefix=0)
+
+    def stepped(block, x):
+        cache = block.new_cache(len(x), SMALL)
+        return torch.stack([block.step(x[:, i], i, cache) for i in range(SMALL.size)], dim=1)
+
+    with case.trying(grid=SMALL), torch.no_grad():
+        assert_equal(stepped(block, x), block(x, SMALL))
+    block = block.float()
+    for dtype in (torch.bfloat16, torch.float16):
+        with case.trying(grid=SMALL, autocast=dtype), torch.autocast("cpu", dtype), torch.no_grad():
+            for size in (1, 1000):
+                out, exact = stepped(block, size * x.float()).float(), block(size * x.float(), SMALL).float()
+                assert out.isfinite().all() == exact.isfinite().all()
+                if size == 1:
+                    assert (out - exact).norm() < 0.05 * exact.norm()
 
 
 @holds_for("causal")

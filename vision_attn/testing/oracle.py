@@ -11,15 +11,20 @@ from .case import BATCH, HEADS, KEY, VALUE
 
 
 def sides(block, grid, prefix) -> list[tuple[Callable, Callable, list[Tensor]]]:
-    """For each step of a block: its fast path, its definition, and inputs for both.
-
-    Of a mixer with values as wide as keys, which takes torch's flash attention, and of another width, which does not.
-    """
+    """A block's fast path, its definition and inputs for both: of each step, and of the whole if it has a reference."""
     if isinstance(block, Gate):
         return [(block.gate, block.reference, [torch.randn(BATCH, block.dim, *grid, dtype=torch.float64)])]
-    if not block.steps:  # more than weights times values
-        x = torch.randn(BATCH, prefix + grid[0] * grid[1], block.dim, dtype=torch.float64)
-        return [(lambda x: block(x, grid), lambda x: block.reference(x, grid), [x])]
+    if not hasattr(block, "reference"):
+        return step_sides(block, grid, prefix)
+    x = torch.randn(BATCH, prefix + grid[0] * grid[1], block.dim, dtype=torch.float64)
+    return [(lambda x: block(x, grid), lambda x: block.reference(x, grid), [x]), *step_sides(block, grid, prefix)]
+
+
+def step_sides(block, grid, prefix):
+    """Those of the steps of a mixer, whose inputs are queries, keys and values.
+
+    With values as wide as keys, which takes torch's flash attention, and of another width, which does not.
+    """
     shapes = [[(BATCH, HEADS, prefix + grid[0] * grid[1], d) for d in (KEY, KEY, value)] for value in (VALUE, KEY)]
     return [side for some in shapes for side in mixer_sides(block, grid, some)]
 
@@ -40,7 +45,7 @@ def definition(block):
     block = copy.deepcopy(block)
     if isinstance(block, Gate):
         block.gate = block.reference
-    elif not block.steps:
+    elif hasattr(block, "reference"):
         block.forward = block.reference
     else:
         for step in block.steps:

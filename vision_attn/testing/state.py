@@ -58,6 +58,8 @@ def device_and_dtype_reach_every_tensor(case):
             x = case.input(GRID).to("meta", torch.bfloat16)
             out = case.run(block, x, GRID)
             assert (out.shape, out.dtype, out.device.type) == (x.shape, x.dtype, "meta")
+            if case.is_mixer:
+                assert block.attention(x, GRID).device.type == "meta"
 
 
 @holds_for("any")
