@@ -1,5 +1,7 @@
 """`recommend` and what it measures with; that numbers are there and belong together, never how large a time is."""
 
+import re
+
 import pytest
 import torch
 
@@ -30,14 +32,28 @@ def test_what_cannot_be_causal_or_has_too_few_channels_is_left_out():
 
 def test_a_wildcard_chooses_and_dense_stays():
     assert {one.name for one in recommend(5, 7, 32, blocks="criss*", seconds=0)} == {"criss_cross", "dense"}
-    assert [one.name for one in recommend(5, 7, 32, blocks="cbam", seconds=0)] == ["dense"]
+    assert [one.name for one in recommend(5, 7, 32, blocks="dense", seconds=0)] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    "blocks, causal, why",
+    [
+        ("cbam", False, "cbam: is a gate"),
+        ("zz*", False, "no block matches"),
+        ("criss*", True, "criss_cross: causal=True: criss_cross can't be causal"),
+        ("per_head", False, "per_head: num_heads=2: must be ≥ 3"),
+    ],
+)
+def test_nothing_to_compare_is_an_error_that_says_why(blocks, causal, why):
+    with pytest.raises(ValueError, match=re.escape(f"blocks={blocks!r}: nothing to compare: {why}")):
+        recommend(5, 7, 32, causal=causal, num_heads=2, blocks=blocks, seconds=0)
 
 
 def test_heads_batch_and_type_are_as_asked():
     small, large = (recommend(5, 7, 32, blocks="linear", seconds=0, batch=n) for n in (1, 11))
     assert max(one.mebibytes for one in small) < min(one.mebibytes for one in large)
-    half = recommend(5, 7, 32, num_heads=2, dtype=torch.bfloat16, blocks="per_head", seconds=0)
-    assert [one.name for one in half] == ["dense"]  # per_head needs three
+    half = recommend(5, 7, 32, num_heads=2, dtype=torch.bfloat16, blocks="p*r*", seconds=0)
+    assert {one.name for one in half} == {"dense", "performer"}  # per_head needs three
 
 
 @pytest.mark.parametrize(

@@ -219,12 +219,11 @@ MASKED = {
     "binary_partition": (3, 4),
     "dilated": (4, 5),
     "factored": (1.2, 2),
-    "global_local": (3, 4),  # and the projections of what global tokens read
-    "global_memory": (1, 1.3),
+    "global_local": (2, 3),  # and the projections of what global tokens read
     "global_tokens": (3, 4),
-    "linformer": (1, 1.2),  # and projecting keys and values
+    "linformer": (1, 1.02),  # and projecting rows before columns
     "longformer": (3, 4),
-    "memory_compressed": (1, 1.1),  # and convolving keys
+    "memory_compressed": (1, 1.05),  # and convolving values
     "multiscale": (2, 2.5),
     "per_head": (1.2, 2),
     "strided": (1, 1.5),

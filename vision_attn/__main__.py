@@ -14,14 +14,17 @@ import torch
 
 from . import cost, draw
 from .grid import Grid
+from .mixer import Mixer
 from .recommend import recommend
-from .zoo import create_block, create_layer, describe, list_blocks
+from .zoo import block_class, create_block, create_layer, describe, list_blocks, parameters
 
 BEGIN, END = "<!-- blocks: begin -->", "<!-- blocks: end -->"
 
 
 def show_list(blocks: str) -> None:
     entries = [describe(name) for name in list_blocks(blocks)]
+    if not entries:
+        raise ValueError(f"blocks={blocks!r}: no block matches")
     columns([(e.name, e.kind, e.causal * "causal", e.cost, f"{e.source}, {e.url}") for e in entries], texts=5)
 
 
@@ -36,7 +39,13 @@ def show_looks(
     if png:
         print(draw.picture(found, title, png, query))
     else:
-        print(entry.title, title, *(f"\n{look.title}\n{look.text}" for look in found), sep="\n")
+        print(
+            entry.title,
+            f"options: {options_of(block)}",
+            title,
+            *(f"\n{look.title}\n{look.text}" for look in found),
+            sep="\n",
+        )
 
 
 def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seconds: float) -> None:
@@ -52,7 +61,7 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
     ratios = [digits(own / dense) for own, dense in zip(costs[block], costs["dense"])]
     print(f"{'layers on a map' if gate else 'whole blocks'}, {setting(size, dim, device)}")
     columns([("", "GFLOP", "parameters", "MiB", "ms"), *rows, ("/ dense", *ratios)])
-    print("GFLOP: forward; MiB and ms: forward + backward, the most held at once and the fastest")
+    print("GFLOP: matrix products and convolutions of a forward; MiB: peak, ms: fastest, of forward + backward")
 
 
 def show_recommended(size: Grid, dim: int, device: str, causal: bool, blocks: str, seconds: float) -> None:
@@ -61,6 +70,13 @@ def show_recommended(size: Grid, dim: int, device: str, causal: bool, blocks: st
     rows = [(name, *map(digits, numbers)) for name, *numbers in found]
     columns([("", "ms", "/ dense", "MiB", "/ dense"), *rows])
     print("as measured now; gates are left out: they do not take the place of attention")
+
+
+def options_of(block: str) -> str:
+    """The block's own options with their defaults."""
+    shared = parameters(Mixer)
+    own = {name: p for name, p in parameters(block_class(block)).items() if name not in shared}
+    return ", ".join(f"{name}={p.default!r}" for name, p in own.items()) or "none of its own"
 
 
 def table() -> str:
@@ -160,7 +176,8 @@ def parse(argv: list[str] | None) -> dict:
         return made
 
     def sized(made, height_width, dim):
-        made.add_argument("--size", type=size, default=Grid(*height_width), metavar="HEIGHTxWIDTH")
+        help = "of the grid (default: {}x{})".format(*height_width)
+        made.add_argument("--size", type=size, default=Grid(*height_width), metavar="HEIGHTxWIDTH", help=help)
         made.add_argument("--dim", type=int, default=dim, help=f"channels (default: {dim})")
 
     def optional(made):
@@ -171,8 +188,8 @@ def parse(argv: list[str] | None) -> dict:
         )
 
     def timed(made, seconds):
-        made.add_argument("--device", type=device, default="cpu")
-        made.add_argument("--seconds", type=float, default=seconds, help=f"for repeats (default: {seconds:g})")
+        made.add_argument("--device", type=device, default="cpu", help="to measure on (default: cpu)")
+        made.add_argument("--seconds", type=float, default=seconds, help=f"for further repeats (default: {seconds:g})")
 
     made = command("list", show_list, "names, kinds, costs and papers")
     made.add_argument("blocks", nargs="?", default="*", help="wildcard")
@@ -204,6 +221,11 @@ def main(argv: list[str] | None = None) -> int:
             arguments.pop("call")(**arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not re.search("allocate|out of memory", str(error)):
+            raise
+        print("error: not enough memory for this size", file=sys.stderr)
         return 2
     for warning in told:
         print(f"note: {warning.message}", file=sys.stderr)

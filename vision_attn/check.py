@@ -23,6 +23,13 @@ def finite(name: str, value) -> None:
         raise ValueError(f"{name}={value!r}: must be a finite number")
 
 
+def not_negative(name: str, value) -> None:
+    """Raises ValueError unless ``value`` is a finite number ≥ 0."""
+    finite(name, value)
+    if value < 0:
+        raise ValueError(f"{name}={value!r}: must be a finite number ≥ 0")
+
+
 def rate(name: str, value) -> None:
     """Raises ValueError unless ``value`` is a rate: a number in [0, 1)."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import check
+
 
 class Cost(NamedTuple):
     """What a module takes for one input, batch and all."""
@@ -74,7 +76,12 @@ def forward_backward(module: nn.Module, x: Tensor, *args) -> Callable[[], None]:
 def times(
     calls: dict[str, Callable], device: str | torch.device, seconds: float = 0.0, least: int = 2
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, the calls taking turns, until ``seconds`` are over and each had ``least`` turns."""
+    """Milliseconds of each call, the calls taking turns, until ``seconds`` are over and each had ``least`` turns.
+
+    Raises:
+        ValueError: ``seconds`` is no finite number ≥ 0.
+    """
+    check.not_negative("seconds", seconds)
     taken = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for turn in itertools.count():

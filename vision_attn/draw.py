@@ -1,5 +1,6 @@
 """What one pixel looks at: as characters, and as a picture, for which alone matplotlib is needed."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -93,33 +94,48 @@ def spread(weights: Tensor) -> str:
 
 
 def picture(found: list[Look], title: str, path: str | Path, query: tuple[int, int] | None = None) -> Path:
-    """Writes a PNG with a panel for each look, the query marked; folders are made.
+    """Writes a PNG with a panel for each look, the query marked; folders are made. Returns its path, ending in .png.
 
     Raises:
+        ValueError: the path is a folder.
         ImportError: matplotlib is missing; the message says how to install it.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("a picture needs matplotlib: pip install 'vision-attn[train]'") from None
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r}: is a folder, must be a file")
+    path = path if path.suffix.lower() == ".png" else path.with_name(f"{path.name}.png")
     height, width = found[0].weights.shape
     high, wide = (4 * n / max(height, width) for n in (height, width))  # inches of a panel
-    figure = Figure(figsize=((wide + 1) * len(found) + 1, high + 1), layout="constrained")
+    across = min(4, len(found))
+    down = math.ceil(len(found) / across)
+    figure = Figure(figsize=((wide + 1) * across + 1, (high + 0.5) * down + 0.5), layout="constrained")
     figure.suptitle(title)
-    for axis, look in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis in axes[len(found) :]:
+        axis.set_axis_off()
+    for axis, look in zip(axes, found):
         weights, most = look.weights, look.weights.abs().max().item()
         if (weights * (1 - weights) == 0).all():  # a pattern
             axis.pcolormesh(weights, cmap="Blues", vmin=0, vmax=1.6, edgecolors="0.85", linewidth=0.4)
         else:
             signed = (weights < 0).any().item()
-            shown = axis.pcolormesh(weights, cmap="RdBu_r" if signed else "viridis", vmin=-most * signed, vmax=most)
+            axis.set_facecolor("0.85")  # where nothing is seen
+            shown = axis.pcolormesh(
+                weights.where(weights != 0, torch.nan),
+                cmap="RdBu_r" if signed else "viridis",
+                vmin=-most * signed,
+                vmax=most,
+            )
             figure.colorbar(shown, ax=axis, shrink=0.8)
         if query is not None:
             at, size = (query[1] + 0.5, query[0] + 0.5), max(7, min(13, 60 * high / height))
             axis.plot(*at, "*", color="tab:red", markersize=size, markeredgecolor="white", markeredgewidth=size / 13)
         axis.set(aspect="equal", xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
         axis.set_title(look.title, fontsize=9)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     return path

@@ -56,23 +56,29 @@ def recommend(
         seconds: that further rounds may take.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or none of ``blocks`` can be compared; the message says why.
     """
     for name, value in (("height", height), ("width", width), ("dim", dim), ("batch", batch)):
         check.positive_int(name, value)
     check.boolean("causal", causal)
-    check.finite("seconds", seconds)
+    check.not_negative("seconds", seconds)
     options = dict(num_heads=num_heads, device=device, dtype=dtype) | ({"causal": True} if causal else {})
     chosen = [describe(name) for name in list_blocks(blocks)]
     mixers = {"dense": create_block("dense", dim, **options)}  # first, for its refusals are the caller's
+    left_out = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BlindSpot)  # no matter of speed
         for entry in chosen:
-            if entry.kind == "mixer" and entry.causal >= causal and entry.name != "dense":
+            if entry.kind != "mixer":
+                left_out[entry.name] = "is a gate"
+            elif entry.name != "dense":
                 try:
                     mixers[entry.name] = create_block(entry.name, dim, **options)
-                except ValueError:  # heads that do not fit
-                    continue
+                except ValueError as refusal:  # of causal=True, or of heads that do not fit
+                    left_out[entry.name] = str(refusal)
+    if len(mixers) == 1 and "dense" not in list_blocks(blocks):
+        why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no block matches"
+        raise ValueError(f"blocks={blocks!r}: nothing to compare: {why}")
     grid = Grid(height, width)
     costs = measure(mixers, torch.randn(batch, grid.size, dim, device=device, dtype=dtype), grid, seconds=seconds)
     dense = costs["dense"]

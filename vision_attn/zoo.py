@@ -3,10 +3,14 @@
 import difflib
 import fnmatch
 import inspect
+import itertools
 import pkgutil
 import re
+from collections.abc import Collection
 from importlib import import_module
 from typing import NamedTuple
+
+from torch import nn
 
 from . import blocks
 from .gate import Gate
@@ -47,6 +51,28 @@ def block_class(name: str) -> type[Mixer] | type[Gate]:
     return import_module(f"{blocks.__name__}.{name}").Block
 
 
+def parameters(cls: type[Mixer] | type[Gate]) -> dict[str, inspect.Parameter]:
+    """Keyword arguments of a class of blocks but ``dim``, its own first, then those that it hands on to its bases."""
+    found = {}
+    for base in itertools.takewhile(lambda base: base is not nn.Module, cls.__mro__):
+        for name, parameter in inspect.signature(base.__init__).parameters.items():
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                known = found.setdefault(name, parameter)
+                if known.annotation is known.empty:  # said by the base
+                    found[name] = known.replace(annotation=parameter.annotation)
+    return {name: parameter for name, parameter in found.items() if name not in ("self", "dim", "pattern")}
+
+
+def check_options(name: str, options: Collection[str]) -> None:
+    """Raises TypeError for an option that a block does not have, with the nearest one and all it has."""
+    known = [*parameters(block_class(name)), "init_gain"]  # which is of the layer around it
+    for option in options:
+        if option not in known and option != "causal":  # which may be False for all
+            near = difflib.get_close_matches(option, known, n=1)
+            nearest = f"; nearest: {near[0]}" if near else ""
+            raise TypeError(f"{option}: no option of {name}{nearest}; it has {', '.join(known[:-1])}")
+
+
 def create_block(name: str, dim: int, **options) -> Mixer | Gate:
     """A block on its own: a `Mixer` on tokens or a `Gate` on maps, as its paper has it.
 
@@ -60,6 +86,7 @@ def create_block(name: str, dim: int, **options) -> Mixer | Gate:
         TypeError: an option the block does not have.
     """
     cls = block_class(name)
+    check_options(name, options)
     if cls.not_causal and options.pop("causal", False):
         raise ValueError(f"causal=True: {name} can't be causal: {cls.not_causal}")
     return cls(dim, **options)
@@ -75,8 +102,12 @@ def layer(name: str, **options) -> type:
 
     >>> import timm
     >>> model = timm.create_model("resnet18", block_args=dict(attn_layer=layer("cbam")))
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: an option the block does not have.
     """
-    block_class(name)
+    check_options(name, options)
 
     class Layer:
         # Gives a plain OnMap, which copies and pickles. Some hosts pass their activation; a block keeps its paper's.

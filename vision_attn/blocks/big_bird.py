@@ -16,7 +16,7 @@ Deviations: the tiles to choose from are split into ``drawn`` runs with one draw
 last.
 
 >>> from vision_attn import Grid
->>> print(Block(32, tile=2, drawn=2, tokens=3).pattern.by_head()[0].draw(Grid(9, 13), 3, 4))
+>>> print(Block(32, tile=2, drawn=2, tokens=3, seed=1).pattern.by_head()[0].draw(Grid(9, 13), 3, 4))
 ########-----
 --######-----
 --######-----

@@ -1,28 +1,19 @@
 """Arguments, right and wrong, made from a block's signature."""
 
-import inspect
 import math
 import types
 import typing
 
 from hypothesis import strategies as st
-from torch import nn
 
+from ..zoo import parameters
 from .case import holds_for
 
 
 def arguments(block_class: type) -> dict[str, object]:
     """Types of the keyword arguments of a block, those that it hands on to its base included."""
-    found = {}
-    for cls in block_class.__mro__:
-        if cls is nn.Module:
-            break
-        for name, parameter in inspect.signature(cls.__init__).parameters.items():
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                found.setdefault(name, parameter.annotation)
-                if found[name] is parameter.empty:  # said by the base
-                    found[name] = parameter.annotation
-    return {name: of for name, of in found.items() if name not in ("self", "pattern", "dim", "device", "dtype")}
+    found = parameters(block_class)
+    return {name: found[name].annotation for name in found if name not in ("device", "dtype")}
 
 
 def values_of(annotation) -> st.SearchStrategy | None:
