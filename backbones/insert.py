@@ -214,9 +214,15 @@ def replace(model: nn.Module, block: str, at: str | Iterable[str] | None = None,
         The model and the names of copied, new and unused parameters.
 
     Raises:
-        ValueError: ``at`` matches no attention (what could match is listed), or a gate is to stand for self-attention.
+        ValueError: there is no attention that can be replaced, ``at`` matches none (what could match is listed), or a
+            gate is to stand for self-attention.
     """
     able = {n: m for n, m in model.named_modules() if isinstance(m, TOKEN_ATTENTION + MAP_ATTENTION)}
+    if not able:
+        raise ValueError(
+            f"model={type(model).__name__}: has no attention that can be replaced, of ViT, DeiT or EVA or by "
+            "squeeze-and-excite; insert adds a block to it"
+        )
     names = _resolve(model, at, list(able), able, inside=True)
     like, done = _like(model), []
     shapes = _probe(model, [name for name in names if isinstance(able[name], MAP_ATTENTION)])

@@ -51,8 +51,7 @@ def shape_of_input(path):
 def hosts_of_blocks():
     """Every block in a ViT; in a ResNet, which takes longer, a few."""
     for block in list_blocks():
-        marks = pytest.mark.slow if block == "big_bird" else ()  # its graph is the largest
-        yield pytest.param(vit, dict(dynamic_img_size=True), block, id=f"vit-{block}", marks=marks)
+        yield pytest.param(vit, dict(dynamic_img_size=True), block, id=f"vit-{block}")
         marks = () if block in OFTEN else pytest.mark.slow
         yield pytest.param(resnet, {}, block, id=f"resnet-{block}", marks=marks)
 

@@ -281,7 +281,7 @@ def test_a_wrong_place_lists_the_right_ones_and_changes_nothing(block, at):
 @pytest.mark.parametrize("host", ["resnet18", "swin_tiny_patch4_window7_224", "convnext_atto"])
 def test_a_model_without_replaceable_attention_says_so(host):
     for at in (None, "layer*.*", "blocks.*.attn"):
-        with pytest.raises(ValueError, match=f"at={at!r}.*what could match: nothing"):
+        with pytest.raises(ValueError, match=r"model=\w+: has no attention that can be replaced"):
             backbones.replace(timm.create_model(host), "dense", at)
 
 
@@ -365,5 +365,5 @@ def test_rotary_positions_are_reported_where_there_are_some():
 
 
 def test_an_attention_of_another_kind_is_left_alone():
-    with pytest.raises(ValueError, match="what could match: nothing"):
+    with pytest.raises(ValueError, match="has no attention that can be replaced"):
         backbones.replace(timm.create_model("beit_base_patch16_224", depth=1, img_size=32), "dense")
