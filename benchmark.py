@@ -148,7 +148,7 @@ def plot(rows: list[dict], target: Path) -> None:
     figure = Figure(figsize=(1 + 2.2 * across, 2 + 3.6 * down), dpi=100, layout="constrained")
     shown = ("step ms", "forward + backward, ms"), ("block MiB", "peak memory of a step, MiB")
     for half, (column, unit) in zip(figure.subfigures(2, 1), shown):
-        half.suptitle(f"{unit}, against pixels N")
+        half.suptitle(f"{unit}, against pixels N (gray: dense; dashed: causal)")
         panels = half.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
         for axis, (name, own) in zip(panels, of.items()):
             axis.set(xscale="log", yscale="log")

@@ -82,7 +82,8 @@ def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles:
             axis.set(xticks=[], yticks=[])
         for axis, (name, values) in zip(line[1:], maps.items()):
             shown = F.interpolate(values[row][None, None].float(), image.shape[:2], mode="bilinear")[0, 0].cpu().numpy()
-            axis.imshow(shown, cmap="inferno", alpha=0.7)
+            middle, half = (shown.max() + shown.min()) / 2, max(1e-6, (shown.max() - shown.min()) / 2)
+            axis.imshow(shown, cmap="inferno", alpha=0.7, vmin=middle - half, vmax=middle + half)  # even: in the middle
             if row == 0:
                 axis.set_title(name.removesuffix(".block"), fontsize=7)
         if titles is not None:
