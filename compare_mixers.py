@@ -31,12 +31,12 @@ from vision_attn import describe, list_blocks
 from vision_attn.cost import flops, parameters, peak_memory, times
 
 HERE = Path(__file__).parent
-MODEL, BATCH = "vit_tiny_patch4_32", 128
+MODEL, BATCH = "vit_tiny_patch4_32", 16  # small: the same images make more steps
 RECIPE = f"--batch-size {BATCH} --optim.name adamw --optim.lr 1e-3 --optim.weight-decay 0.05 --optim.warmup-epochs 1"
-RECIPE = f"{RECIPE} --optim.clip-grad 1.0 --augment.crop pad --save-every 100".split()
+RECIPE = f"{RECIPE} --optim.clip-grad 1.0 --augment.crop pad --save-every 500".split()
 DATA = {"digits": [], "cifar10": ["--augment.hflip", "0.5"]}
 IMAGES = {"digits": 1_437, "cifar10": 10_000}  # to train on, the first ones
-EPOCHS = {"digits": 10, "cifar10": 4}
+EPOCHS = {"digits": 10, "cifar10": 3}
 # Where the defaults are for larger images: at 8×8 they see all, or nearly all
 AT_8X8 = {
     "adaptive_span": {"span": 3},
@@ -97,7 +97,7 @@ def compare(
         mixers: names; null: all.
         data: digits, cifar10 or both; null: digits, and cifar10 if dir is given.
         dir: root of CIFAR-10.
-        epochs: of each run; null: 10 of digits, 4 of CIFAR-10.
+        epochs: of each run; null: 10 of digits, 3 of CIFAR-10.
         seeds: runs of each mixer.
         depth: layers of the ViT.
         options: of mixers, by name.

@@ -86,9 +86,9 @@ def create_block(name: str, dim: int, **options) -> Mixer | Gate:
         TypeError: an option the block does not have.
     """
     cls = block_class(name)
-    check_options(name, options)
     if cls.not_causal and options.pop("causal", False):
         raise ValueError(f"causal=True: {name} can't be causal: {cls.not_causal}")
+    check_options(name, options)
     return cls(dim, **options)
 
 
