@@ -31,8 +31,9 @@ def attend(
 ) -> Float[Tensor, "B heads tokens dv"]:
     """softmax over what ``pattern`` allows and the prefix tokens; prefix queries see all (causal: one another).
 
-    Keys may have more prefix tokens than queries. ``bias`` is added to the scaled scores of the only key set, b = B ·
-    heads. Cost: (queries × keys looked at) · d."""
+    Without causality there may be more prefix tokens among the keys than among the queries. ``bias`` is added to the
+    scaled scores of the only key set, b = B · heads. Cost: (queries × keys looked at) · d.
+    """
     if v.dtype == torch.float16 and v.device.type == "cpu":  # slow there, and scores may pass the least float16, a mask
         bias = None if bias is None else bias.float()
         out = attend(q.float(), k.float(), v.float(), grid, pattern, scale=scale, dropout=dropout, bias=bias)

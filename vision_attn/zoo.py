@@ -65,12 +65,12 @@ def parameters(cls: type[Mixer] | type[Gate]) -> dict[str, inspect.Parameter]:
 
 def check_options(name: str, options: Collection[str]) -> None:
     """Raises TypeError for an option that a block does not have, with the nearest one and all it has."""
-    known = [*parameters(block_class(name)), "init_gain"]  # which is of the layer around it
+    known = list(parameters(block_class(name)))
     for option in options:
-        if option not in known and option != "causal":  # which may be False for all
+        if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             nearest = f"; nearest: {near[0]}" if near else ""
-            raise TypeError(f"{option}: no option of {name}{nearest}; it has {', '.join(known[:-1])}")
+            raise TypeError(f"{option}: no option of {name}{nearest}; it has {', '.join(known)}")
 
 
 def create_block(name: str, dim: int, **options) -> Mixer | Gate:
@@ -107,7 +107,7 @@ def layer(name: str, **options) -> type:
         ValueError: unknown name.
         TypeError: an option the block does not have.
     """
-    check_options(name, options)
+    check_options(name, options.keys() - {"init_gain", "causal"})  # of the layer, and to be False for all
 
     class Layer:
         # Gives a plain OnMap, which copies and pickles. Some hosts pass their activation; a block keeps its paper's.
