@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+import backbones  # noqa: F401  registers them
 from vision_attn import Mixer
 from vision_attn.layout import Residual
 

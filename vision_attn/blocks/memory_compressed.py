@@ -95,7 +95,9 @@ class Block(Mixer):
             q, k, v = q.float(), k.float(), v.float()
         keys, values = self.blocks(k[:, :, prefix:], grid), self.blocks(v[:, :, prefix:], grid)
         # (B, heads, blocks, p q, d)
-        keys = keys.flatten(3) @ rearrange(self.of_keys.to(k.dtype), "(n o) i p q -> n (p q i) o", n=k.shape[1])
+        # not einops, for which a parameter is a type of its own, a reason to compile again
+        kernels = self.of_keys.to(k.dtype).unflatten(0, (k.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)
+        keys = keys.flatten(3) @ kernels  # (heads, stride² d, d)
         values = (self.of_values.to(v.dtype).flatten(1)[:, None, None] @ values)[..., 0, :]
         keys, values = [k[:, :, :prefix], keys], [v[:, :, :prefix], values]
         if self.causal:
