@@ -115,7 +115,7 @@ def compare(
     mixers = mixers or [name for name in list_blocks() if describe(name).kind == "mixer"]
     size = dict(embed_dim=96, depth=depth, num_classes=10)
     made = {mixer: size | {"attn_kwargs": options.get(mixer, {})} for mixer in mixers}
-    costs = Path(runs, f"steps-{depth}-{device}.csv")
+    costs = Path(runs, f"steps-{depth}-{BATCH}-{device}.csv")
     known = {row["mixer"]: row for row in read_rows(costs)}
     if not known.keys() >= set(mixers):
         costs.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def compare(
     found: dict[tuple[str, str], list[float]] = {}
     for seed, name, mixer in product(range(seeds), data, mixers):
         length = epochs or EPOCHS[name]
-        output = Path(runs, f"{name}-{depth}-{length}-{mixer}-{seed}")
+        output = Path(runs, f"{name}-{depth}-{BATCH}-{length}-{mixer}-{seed}")
         words = ["--model.name", f"{MODEL}_{mixer}", "--model.args", json.dumps(made[mixer]), "--data.name", name]
         words += ["--data.train-images", IMAGES[name]]
         words += [*RECIPE, *DATA[name], *(["--data.dir", dir] if name == "cifar10" else []), "--device", device]

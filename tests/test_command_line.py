@@ -183,7 +183,7 @@ def test_recommendations_come_fastest_first(run):
         ("show axial --set nope=1", "--set: nope: no option of axial; it has num_heads, mode"),
         ("show window --set kernel=5", "kernel: no option of window; nearest: kernel_size; it has"),
         ("show axial --size 5x7 --png .", "path='.': is a folder"),
-        ("show efficient --size 1000000x1000000", "not enough memory"),
+        ("show efficient --size 100000000x100000000", "not enough memory"),
         ("cost axial --size 5x7 --dim 8 --seconds nan", "seconds=nan: must be"),
         ("recommend --size 5x7 --dim 32 --blocks cbam", "nothing to compare: cbam: is a gate"),
         ("show axial --set causal=true", "causal=True: axial can't be causal"),

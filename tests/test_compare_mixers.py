@@ -26,7 +26,7 @@ def test_two_mixers_are_compared_once(tmp_path, monkeypatch):
     rows = {row["mixer"]: row for row in csv.DictReader(lines[1:])}
     assert set(rows) == {"dense", "window"}
     for mixer, row in rows.items():
-        saved = checkpoint.load(runs / f"digits-1-1-{mixer}-0" / "last.pt")
+        saved = checkpoint.load(runs / f"digits-1-{compare_mixers.BATCH}-1-{mixer}-0" / "last.pt")
         assert saved["model_args"]["attn_kwargs"] == options.get(mixer, {}) and saved["epoch"] == 1
         assert float(row["top-1 %"]) == pytest.approx(saved["metrics"]["top1"], abs=0.01)
         model = timm.create_model(saved["model"], **saved["model_args"])

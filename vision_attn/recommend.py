@@ -76,7 +76,7 @@ def recommend(
                     mixers[entry.name] = create_block(entry.name, dim, **options)
                 except ValueError as refusal:  # of causal=True, or of heads that do not fit
                     left_out[entry.name] = str(refusal)
-    if len(mixers) == 1 and "dense" not in list_blocks(blocks):
+    if len(mixers) == 1 and not any(entry.name == "dense" for entry in chosen):
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no block matches"
         raise ValueError(f"blocks={blocks!r}: nothing to compare: {why}")
     grid = Grid(height, width)
