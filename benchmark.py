@@ -1,13 +1,15 @@
-"""Time and memory of every mixer beside dense attention, with and without the pattern as a mask, all in one run.
+"""Time and memory of every block beside dense attention, with and without the pattern as a mask, all in one run.
 
     python benchmark.py
     python benchmark.py --blocks '[criss_cross, {name: strided, causal: true}]' --sizes '[[64, 64], [128, 128]]'
     python benchmark.py --device cuda
+    python benchmark.py --resume results/FILE.csv
 
 For each block and size, forward and forward + backward ("step"): milliseconds (minimum over interleaved repeats), peak
 memory of a step beyond the inputs, floating-point operations of a forward. Dense is torch's attention without a mask
 (of a causal block: with `is_causal`); masked is the same with the block's pattern as a boolean mask (that of the first
-head for all: one for each would be slower still). Machines are noisy: trust the ratios. Writes a CSV, a plot of
+head for all: one for each would be slower still). A block that is more than one attention after another, and a gate,
+runs whole, projections included. Machines are noisy: trust the ratios. Writes a CSV, a plot of
 time and memory against the number of pixels with fitted exponents, and these in a second CSV, with the size from
 which on each block beats dense.
 """
@@ -25,32 +27,50 @@ from jsonargparse import auto_cli
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from training.results import write
-from vision_attn import Grid, Mixer, create_block, describe, list_blocks
+from training.results import read, write
+from vision_attn import Gate, Grid, Mixer, create_block, describe, list_blocks
 from vision_attn.cost import clock, peak_memory
 
 
 def calls_of(
-    made: Mixer, heads: int, channels: int, grid: Grid, device: str, dtype: torch.dtype, dense: bool, masked: bool
+    made: Mixer | Gate,
+    heads: int,
+    channels: int,
+    grid: Grid,
+    device: str,
+    dtype: torch.dtype,
+    dense: bool,
+    masked: bool,
 ) -> dict[str, Callable]:
-    """Attention of all steps of a block by each route: its own and, if asked for, dense and masked.
-
-    A block whose steps are no attention by themselves runs whole, projections included.
-    """
-    steps = made.steps or (made,)
+    """Attention of all steps of a block by each route: its own and, if asked for, dense and masked."""
+    steps = steps_of(made)
     q, k, v = (
         torch.randn(1, heads, grid.size, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
     calls = {"block": lambda: [step.mix(q, k, v, grid) for step in steps]}
-    if not made.steps:
+    if isinstance(made, Gate):
+        x = torch.randn(1, heads * channels, *grid, device=device, dtype=dtype)
+        calls["block"] = lambda: [made(x)]
+    elif runs_whole(made):
         x = torch.randn(1, grid.size, heads * channels, device=device, dtype=dtype)
         calls["block"] = lambda: [made(x, grid)]
     if dense:
-        calls["dense"] = lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=step.causal) for step in steps]
+        causal = [isinstance(step, Mixer) and step.causal for step in steps]
+        calls["dense"] = lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=past) for past in causal]
     if masked:
         masks = [step.pattern.by_head()[0].mask(grid, device=device) for step in steps]
         calls["masked"] = lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in masks]
     return calls
+
+
+def steps_of(made: Mixer | Gate) -> tuple:
+    """The attentions that it does one after the other, or the block itself."""
+    return (made.steps if isinstance(made, Mixer) else ()) or (made,)
+
+
+def runs_whole(made: Mixer) -> bool:
+    """Whether it is no attention after another: it has no such steps, or they are not all that it does."""
+    return not made.steps or (len(made.steps) > 1 and hasattr(made, "reference"))
 
 
 def forward(call: Callable) -> Callable[[], None]:
@@ -66,23 +86,19 @@ def step(call: Callable) -> Callable[[], None]:
 
 
 def measure(
-    block: str | dict, grid: Grid, heads: int, channels: int, repeats: int, device: str, dtype, dense_limit: int
+    name: str, options: dict, grid: Grid, heads: int, channels: int, repeats: int, device: str, dtype, dense_limit: int
 ) -> dict:
     """One row of the table."""
-    name, options = (
-        (block, {}) if isinstance(block, str) else (block["name"], {k: block[k] for k in block if k != "name"})
-    )
-    made = create_block(name, heads * channels, num_heads=heads, **options).to(device, dtype)
+    of_heads = dict(num_heads=heads) if describe(name).kind == "mixer" else {}
+    made = create_block(name, heads * channels, **of_heads, **options).to(device, dtype)
     dense = grid.size <= dense_limit
-    masked = dense and all(hasattr(step, "pattern") for step in made.steps or (made,))
+    masked = dense and all(hasattr(step, "pattern") for step in steps_of(made))
     calls = calls_of(made, heads, channels, grid, device, dtype, dense, masked)
     timed = {(route, kind.__name__): kind(call) for route, call in calls.items() for kind in (forward, step)}
     best = dict.fromkeys(timed, math.inf)
     for _, key in itertools.product(range(repeats), timed):
         best[key] = min(best[key], clock(timed[key], device))
-    row = dict(
-        block=name, options=" ".join(f"{k}={v}" for k, v in options.items()), height=grid.height, width=grid.width
-    )
+    row = titles(name, options) | dict(height=grid.height, width=grid.width)
     for kind in ("forward", "step"):
         row[f"{kind} ms"] = f"{best['block', kind]:.2f}"
         for other in ("dense", "masked"):
@@ -110,7 +126,7 @@ def growth(rows: list[dict]) -> list[dict]:
     """
     found = []
     for name in dict.fromkeys(map(label, rows)):
-        some = [row for row in rows if label(row) == name]
+        some = sorted((row for row in rows if label(row) == name), key=lambda row: row["height"] * row["width"])
         sizes = [row["height"] * row["width"] for row in some]
         if len(set(sizes)) < 2:
             continue
@@ -132,6 +148,11 @@ def growth(rows: list[dict]) -> list[dict]:
             summary[f"{title}: dense / block at the largest"] = largest
         found.append(summary)
     return found
+
+
+def titles(name: str, options: dict) -> dict[str, str]:
+    """The columns that say what a row is about."""
+    return {"block": name, "options": " ".join(f"{option}={value}" for option, value in options.items())}
 
 
 def label(row: dict) -> str:
@@ -184,11 +205,12 @@ def benchmark(
     threads: int = 1,
     dense_limit: int = 128 * 128,
     path: str | None = None,
+    resume: str | None = None,
 ) -> None:
     """Writes a CSV of times, memory and operations, and a plot beside it.
 
     Args:
-        blocks: names, or maps of "name" and options. null: all mixers, and all that can be causal as such.
+        blocks: names, or maps of "name" and options. null: all, and all that can be causal as such.
         sizes: grids, (height, width).
         heads: of the blocks; batch is 1.
         channels: of a head.
@@ -198,16 +220,25 @@ def benchmark(
         threads: CPU threads.
         dense_limit: positions up to which dense attention is timed beside, with and without the N×N mask.
         path: of the CSV; null names it by device, torch version and date under results/.
+        resume: instead, the CSV of a stopped run, to measure what it has no row of.
     """
     warnings.simplefilter("ignore")  # of blind spots, which are no matter of speed
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if blocks is None:
-        mixers = [describe(name) for name in list_blocks() if describe(name).kind == "mixer"]
-        blocks = [mixer.name for mixer in mixers] + [dict(name=m.name, causal=True) for m in mixers if m.causal]
-    rows = []
-    for size, block in tqdm(list(itertools.product(sizes, blocks)), unit=" rows"):
-        rows.append(measure(block, Grid(*size), heads, channels, repeats, device, getattr(torch, dtype), dense_limit))
+        blocks = list_blocks() + [dict(name=name, causal=True) for name in list_blocks() if describe(name).causal]
+    rows, path = [], resume or path
+    if resume:
+        rows = [row | {side: int(row[side]) for side in ("height", "width")} for row in read(resume)]
+    known = {(label(row), row["height"], row["width"]) for row in rows}
+    made = [(block, {}) if isinstance(block, str) else (block.pop("name"), block) for block in blocks]
+    wanted = [(*block, Grid(*size)) for size, block in itertools.product(sizes, made)]
+    left = [
+        (name, options, grid) for name, options, grid in wanted if (label(titles(name, options)), *grid) not in known
+    ]
+    for name, options, grid in tqdm(left, unit=" rows"):
+        row = measure(name, options, grid, heads, channels, repeats, device, getattr(torch, dtype), dense_limit)
+        rows.append(row)
         path = write(path, "mixers", rows, device)  # after every row: it may be stopped
     plot(rows, path.with_suffix(".png"))
     if summaries := growth(rows):

@@ -12,7 +12,6 @@ load, are beside: those pass slower on a busy machine. A model that can't be com
 Writes a CSV, anew after each model: a stopped run goes on with --resume.
 """
 
-import csv
 import itertools
 import math
 import sys
@@ -31,7 +30,7 @@ from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 import backbones
-from training.results import write
+from training.results import read, write
 from vision_attn import list_blocks
 
 COLUMNS = "model", "parameters", "eager ms", "compiled ms", "onnxruntime ms", "eager / compiled", "eager / onnxruntime"
@@ -130,7 +129,7 @@ def benchmark(
         raise ValueError(f"timm knows no {', '.join(unknown)}")
     rows, path = [], resume or path
     if resume:
-        rows = list(csv.DictReader(Path(resume).read_text(encoding="utf-8").splitlines()[1:]))
+        rows = read(resume)
     for name in tqdm([name for name in names if name not in {row["model"] for row in rows}], unit=" models"):
         rows.append(measure(name, images, rounds, threads))
         with redirect_stdout(None):  # the path, each time

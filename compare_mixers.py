@@ -9,6 +9,7 @@ it can do. A call that was stopped goes on where it stood. Writes a CSV after ev
 plain text beside it; steps are timed before the first run, all mixers taking turns.
 """
 
+import hashlib
 import json
 import statistics
 import subprocess
@@ -45,6 +46,7 @@ AT_8X8 = {
     "fixed": {"c": 2},
     "global_memory": {"chunk": 4},
     "global_tokens": {"kernel_size": 3, "tokens": 4},
+    "hand_crafted": {"num_heads": 6},  # one for each of its patterns
     "interlaced_sparse": {"factor": 4},
     "linformer": {"rank": 4, "length": 8},
     "longformer": {"kernel_size": 3, "tokens": 4},
@@ -115,20 +117,19 @@ def compare(
     mixers = mixers or [name for name in list_blocks() if describe(name).kind == "mixer"]
     size = dict(embed_dim=96, depth=depth, num_classes=10)
     made = {mixer: size | {"attn_kwargs": options.get(mixer, {})} for mixer in mixers}
-    costs = Path(runs, f"steps-{depth}-{BATCH}-{device}.csv")
-    known = {row["mixer"]: row for row in read_rows(costs)}
-    if not known.keys() >= set(mixers):
+    costs = Path(runs, f"steps-{mark(made, BATCH, device, threads)}.csv")
+    if not costs.exists():
         costs.parent.mkdir(parents=True, exist_ok=True)
         write_rows(costs, step_costs(made, device, repeats))
-        known = {row["mixer"]: row for row in read_rows(costs)}
+    known = {row["mixer"]: row for row in read_rows(costs)}
     found: dict[tuple[str, str], list[float]] = {}
     for seed, name, mixer in product(range(seeds), data, mixers):
         length = epochs or EPOCHS[name]
-        output = Path(runs, f"{name}-{depth}-{BATCH}-{length}-{mixer}-{seed}")
         words = ["--model.name", f"{MODEL}_{mixer}", "--model.args", json.dumps(made[mixer]), "--data.name", name]
-        words += ["--data.train-images", IMAGES[name]]
-        words += [*RECIPE, *DATA[name], *(["--data.dir", dir] if name == "cifar10" else []), "--device", device]
-        words += ["--epochs", length, "--seed", seed, "--threads", threads, "--output", output, "--resume", "auto"]
+        words += ["--data.train-images", IMAGES[name], *RECIPE, *DATA[name], "--device", device]
+        words += ["--epochs", length, "--seed", seed, "--threads", threads]
+        output = Path(runs, f"{name}-{mixer}-{seed}-{mark(words)}")
+        words += ["--output", output, "--resume", "auto", *(["--data.dir", dir] if name == "cifar10" else [])]
         top1 = trained(list(map(str, words)), output, length)
         if top1 is None:  # it was stopped, so stop
             break
@@ -138,6 +139,11 @@ def compare(
     if found:
         path.with_suffix(".txt").write_text(text(rows), encoding="utf-8")
         picture(rows, path.with_suffix(".png"))
+
+
+def mark(*asked) -> str:
+    """Eight letters that change with anything that is asked for: what was made otherwise is not taken for it."""
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
 
 
 def trained(words: list[str], output: Path, epochs: int) -> float | None:

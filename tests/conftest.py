@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vision_attn import describe, list_blocks
 from vision_attn.mixer import PatternMixer
@@ -75,6 +77,19 @@ MIXERS = [name for name in list_blocks() if describe(name).kind == "mixer"]
 every_block = pytest.mark.parametrize("block", list_blocks())
 every_mixer = pytest.mark.parametrize("block", MIXERS)
 every_gate = pytest.mark.parametrize("block", GATES)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest number of elements that any operation gave memory to."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
 
 
 def alive(model: nn.Module) -> nn.Module:

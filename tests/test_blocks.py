@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from conftest import OFTEN, block_of, cases, short_name
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from conftest import OFTEN, Largest, block_of, cases, short_name
 
 from vision_attn import Grid, create_block, create_layer, describe
 from vision_attn.testing import PROPERTIES
@@ -34,19 +32,6 @@ def test_property(each, case, record_property):
 
 
 # What the zoo promises beyond them
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest number of elements that any operation gave memory to."""
-
-    size = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.size = max(self.size, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
 
 
 def test_no_matrix_of_all_pairs_is_made_forward_or_backward(mixer_case):

@@ -153,7 +153,8 @@ def test_dense_costs_as_much_as_dense(run):
 
 
 def test_recommendations_come_fastest_first(run):
-    lines = run("recommend", "--size", "5x7", "--dim", "32", "--blocks", "[alw]*", "--seconds", "0", "--causal")
+    words = "--size", "5x7", "--dim", "32", "--blocks", "[alw]*", "--seconds", "0", "--causal", "--batch", "3"
+    lines = run("recommend", *words, "--dtype", "bfloat16")
     rows = table(lines)
     names = [name for name in list_blocks("[alw]*") if describe(name).kind == "mixer" and describe(name).causal]
     assert set(rows) == {"dense", *names} and len(names) >= 2

@@ -1,11 +1,13 @@
 """`recommend` and what it measures with; that numbers are there and belong together, never how large a time is."""
 
 import re
+import time
 
 import pytest
 import torch
 
 from vision_attn import create_block, describe, list_blocks, recommend
+from vision_attn.blocks import dense, linear
 from vision_attn.cost import clock, flops, forward_backward, measure, parameters, peak_memory, times
 
 MIXERS = {name for name in list_blocks() if describe(name).kind == "mixer"}
@@ -64,6 +66,37 @@ def test_bad_arguments_are_named(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         recommend(**(dict(height=5, width=7, dim=32) | wrong))
+
+
+def test_what_there_is_no_memory_for_is_left_out_and_said(monkeypatch):
+    def full(self, x, grid):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1099511627776 bytes")
+
+    monkeypatch.setattr(linear.Block, "forward", full)
+    with pytest.warns(UserWarning, match="linear is left out: not enough memory"):
+        assert {one.name for one in recommend(5, 7, 32, blocks="l[io]n*", seconds=0)} == MIXERS & {
+            *("dense", "linformer", "longformer")
+        }
+    monkeypatch.setattr(dense.Block, "forward", full)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        recommend(5, 7, 32, blocks="linformer", seconds=0)
+
+
+def test_what_is_slow_is_called_but_twice(monkeypatch):
+    calls = {"linear": 0, "dense": 0}
+
+    def counting(block, seconds):
+        def forward(self, x, grid, real=block.forward):
+            calls[type(self).__module__.rpartition(".")[2]] += 1
+            time.sleep(seconds)
+            return real(self, x, grid)
+
+        monkeypatch.setattr(block, "forward", forward)
+
+    counting(dense.Block, 0.0)
+    counting(linear.Block, 1.0)
+    recommend(5, 7, 32, blocks="linear", seconds=0)
+    assert calls == {"linear": 2, "dense": 4}
 
 
 def test_an_unknown_block_gets_the_nearest():

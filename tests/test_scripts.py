@@ -115,18 +115,32 @@ def test_benchmark_writes_ratios(tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# python ")
     rows = list(csv.DictReader(lines[1:]))
-    mixers = [describe(name) for name in list_blocks() if describe(name).kind == "mixer"]
-    assert len(rows) == 2 * (len(mixers) + sum(mixer.causal for mixer in mixers))
+    assert len(rows) == 2 * (len(list_blocks()) + sum(describe(name).causal for name in list_blocks()))
     for row in rows:
         measured = [value for name, value in row.items() if " " in name and value != "not run"]
         assert len(measured) >= 4 and all(float(value) >= 0 for value in measured)
-        steps = create_block(row["block"], 32).steps
+        steps = getattr(create_block(row["block"], 32), "steps", ())
         masked = row["height"] == "3" and bool(steps) and all(hasattr(step, "pattern") for step in steps)
         assert (row["step: masked / block"] == "not run") != masked
     assert path.with_suffix(".png").stat().st_size > 1000
     growth = list(csv.DictReader(path.with_name("mixers-exponents.csv").read_text(encoding="utf-8").splitlines()[1:]))
     assert len(growth) == len(rows) / 2
     assert all(math.isfinite(float(row[f"{what}, exponent"])) for row in growth for what in ("time", "memory"))
+    with path.open("w", newline="", encoding="utf-8") as file:  # as if it had been stopped
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows[:-2])
+    run["benchmark"](sizes=((3, 5), (7, 5)), heads=4, channels=8, repeats=1, resume=str(path), dense_limit=20)
+    again = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()[1:]))
+    assert again[:-2] == rows[:-2] and len(again) == len(rows)
+    assert [row["block MiB"] for row in again] == [row["block MiB"] for row in rows]
+
+
+def test_benchmark_runs_attention_alone_where_that_is_all():
+    benchmark = script("benchmark")
+    mixers = [create_block(name, 96) for name in list_blocks() if describe(name).kind == "mixer"]
+    whole = {type(made).__module__.rpartition(".")[2] for made in mixers if benchmark["runs_whole"](made)}
+    assert whole == {"star", "residual_logits"}
 
 
 def test_benchmark_tells_from_which_size_a_block_wins():

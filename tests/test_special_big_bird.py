@@ -60,6 +60,14 @@ def test_every_tile_is_drawn_about_as_often():
     assert ((counts - 200).abs() < 5 * 200**0.5).all()
 
 
+def test_on_grids_of_more_tiles_than_the_table_has_rows_draws_miss_no_more_tiles_than_chance():
+    """One draw for each of n tiles, all alike, misses n / e of them; runs of rows used again would miss most."""
+    for side in (16, 32, 64):
+        drawn = Draws(heads=5, drawn=1, seed=1).tiles(side, side, False)
+        missed = torch.tensor([side**2 - one.unique().numel() for one in drawn]) / side**2
+        assert (missed < 1.1 / 2.718).all()
+
+
 def test_more_draws_than_tiles_see_all_tiles():
     block = new(drawn=99).double()
     q, k, v = torch.randn(3, 2, 2, GRID.size, 5, dtype=torch.float64)

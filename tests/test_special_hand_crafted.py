@@ -63,6 +63,12 @@ def test_by_default_there_are_as_many_patterns_as_heads_can_have(heads):
     )
 
 
+@pytest.mark.parametrize("dim, heads", [(64, 8), (96, 6), (35, 7), (384, 12), (5, 1)])
+def test_without_a_number_of_heads_there_is_one_for_each_pattern(dim, heads):
+    block = create_block("hand_crafted", dim)
+    assert block.num_heads == heads and block.names == NAMES[:heads]
+
+
 def test_what_is_looked_at_does_not_depend_on_the_image():
     block = create_block("hand_crafted", 12, num_heads=3)
     one, other = (block.attention(torch.randn(2, 3 + GRID.size, 12), GRID) for _ in range(2))

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from vision_attn import create_block
+from vision_attn import create_block, describe
+from vision_attn.cost import flops
 
 DIM, SIZE = 6, (5, 7)
 
@@ -37,6 +38,15 @@ def test_both_orders_give_the_same_and_the_cheaper_one_is_taken(size, stride, mo
         monkeypatch.setattr(block, "linear_is_cheaper", lambda *_, choice=choice: choice)
         outs.append(block(x))
     torch.testing.assert_close(*outs, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("size, stride", [((2, 3), 1), ((12, 14), 1), ((12, 14), 2)])
+def test_either_order_costs_what_its_docstring_says(size, stride):
+    n, d, s, ρ = size[0] * size[1], DIM, stride, 0.5
+    linear, square = ρ * n * (1 + 1 / s**2) * d**2, (1 + ρ) * n**2 / s**2 * d
+    assert describe("light_non_local").cost == "min(ρ N (1 + 1 / s²) d², (1 + ρ) N² / s² d) + 9 N d"
+    block = create_block("light_non_local", d, ratio=ρ, stride=s, device="meta").eval()
+    assert flops(block, torch.empty(1, d, *size, device="meta")) == 2 * (min(linear, square) + 9 * n * d)
 
 
 def test_no_softmax_it_is_cubic_and_zero_at_zero():

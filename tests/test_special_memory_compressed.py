@@ -1,8 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Largest
 
 from vision_attn import Grid, create_block
+from vision_attn.blocks import memory_compressed
 from vision_attn.pattern import BlindSpot
 
 GRID = Grid(5, 7)
@@ -78,6 +80,25 @@ def test_before_the_first_complete_block_there_is_nothing():
     assert (out[:, :, :first] == 0).all() and (out[:, :, first:] != 0).any(-1).all()
     x = torch.randn(1, GRID.size, DIM, dtype=torch.float64)
     assert (block.attention(x, GRID)[:, :, :first] == 0).all()  # the null key is no token
+
+
+def test_no_mask_of_all_queries_is_made():
+    block, grid = create_block("memory_compressed", 8, num_heads=1, stride=2, causal=True), Grid(59, 67)
+    x = torch.randn(1, grid.size, 8, requires_grad=True)
+    with Largest() as largest:
+        block(x, grid).sum().backward()
+    assert largest.size < 1.2 * 1024 * (30 * 34 + 1)  # queries of a chunk × blocks, of 3953 queries
+
+
+def test_in_chunks_it_is_the_same(monkeypatch):
+    block, (q, k, v) = new(stride=(2, 3), causal=True), random_qkv(2 + GRID.size).requires_grad_()
+    whole = block.mix(q, k, v, GRID)
+    slopes = torch.autograd.grad(whole.square().sum(), [q, k, v, *block.parameters()], allow_unused=True)
+    monkeypatch.setattr(memory_compressed, "ROWS", 11)
+    parts = block.mix(q, k, v, GRID)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+    again = torch.autograd.grad(parts.square().sum(), [q, k, v, *block.parameters()], allow_unused=True)
+    torch.testing.assert_close(again, slopes, rtol=1e-11, atol=1e-13)
 
 
 def test_values_start_as_means_of_whole_blocks_and_what_is_cut_is_filled_with_zeros():

@@ -9,6 +9,12 @@ from pathlib import Path
 import torch
 
 
+def read(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a table that `write` wrote, as text."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
 def write(path: str | Path | None, name: str, rows: list[dict], device: str = "cpu") -> Path:
     """Write rows, under the command line that made them, to `path`; None: to results/, named by machine and `name`."""
     machine = torch.cuda.get_device_name().replace(" ", "-") if device == "cuda" else f"cpu{torch.get_num_threads()}"

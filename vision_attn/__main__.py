@@ -64,9 +64,13 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
     print("GFLOP: matrix products and convolutions of a forward; MiB: peak, ms: fastest, of forward + backward")
 
 
-def show_recommended(size: Grid, dim: int, device: str, causal: bool, blocks: str, seconds: float) -> None:
-    found = recommend(*size, dim, device, causal, blocks=blocks, seconds=seconds)
-    print(f"{causal * 'causal '}mixers, whole blocks, forward + backward, {setting(size, dim, device)}")
+def show_recommended(
+    size: Grid, dim: int, device: str, causal: bool, blocks: str, seconds: float, batch: int, dtype: str
+) -> None:
+    more = dict(batch=batch, dtype=getattr(torch, dtype), blocks=blocks, seconds=seconds)
+    found = recommend(*size, dim, device, causal, **more)
+    where = f"{setting(size, dim, device)}, {dtype}, {batch} image{'s' * (batch > 1)}"
+    print(f"{causal * 'causal '}mixers, whole blocks, forward + backward, {where}")
     rows = [(name, *map(digits, numbers)) for name, *numbers in found]
     columns([("", "ms", "/ dense", "MiB", "/ dense"), *rows])
     print("as measured now; gates are left out: they do not take the place of attention")
@@ -206,6 +210,9 @@ def parse(argv: list[str] | None) -> dict:
     made = command("recommend", show_recommended, "time and memory of all mixers beside dense attention")
     made.add_argument("--blocks", default="*", help="wildcard of those to compare")
     made.add_argument("--causal", action="store_true", help="in raster order")
+    made.add_argument("--batch", type=int, default=1, help="images (default: 1)")
+    types = "float32", "bfloat16", "float16", "float64"
+    made.add_argument("--dtype", choices=types, default="float32", help="of weights and input (default: float32)")
     sized(made, (64, 64), 256)
     timed(made, 10.0)
     made = command("readme", renew, "renew the table of blocks in a Markdown page")

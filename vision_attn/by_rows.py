@@ -1,10 +1,11 @@
-"""Attention whose weights need all scores of a query, of all heads, at once: some rows at a time.
+"""Attention that needs something of N×N numbers, scores or a mask: some rows of it at a time.
 
-The weights of a chunk of rows are computed anew in the backward, so that only queries, keys and values are kept:
-memory is (rows of a chunk) × N × heads, not N². Scores and weights are in at least float32.
+What a chunk of rows needs is computed anew in the backward, so that only queries, keys and values are kept: memory is
+(rows of a chunk) × N, not N².
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,25 @@ from torch.utils.checkpoint import checkpoint
 from .cache import FullPast
 from .precision import at_least_float32, outside_autocast
 
-ROWS = 128  # of a chunk
+ROWS = 128  # of a chunk of scores
+
+
+def in_chunks(
+    run: Callable[[Tensor, Tensor], Tensor], q: Float[Tensor, "B heads tokens dk"], size: int
+) -> Float[Tensor, "B heads tokens dv"]:
+    """``run(queries, rows)`` of all queries, ``size`` at a time; ``rows`` are their numbers among the tokens.
+
+    ``run`` must hold the tensors that it uses, not look them up in a module, whose parameters may have been swapped
+    back by the time of the backward. A traced graph, whose sizes are free, has one chunk with everything.
+    """
+    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    rows = torch.arange(q.shape[2], device=q.device)
+    if traced or q.shape[2] <= size:
+        return run(q, rows)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # which checkpointing does not know
+    if torch.is_grad_enabled() and not transformed:
+        run = partial(checkpoint, run, use_reentrant=False)
+    return torch.cat([run(some, at) for some, at in zip(q.split(size, dim=2), rows.split(size))], dim=2)
 
 
 def attend(
@@ -27,23 +46,11 @@ def attend(
 ) -> Float[Tensor, "B heads tokens dv"]:
     """``weights_of(scores, rows)`` @ v, where scores (B, heads, rows, tokens) are scale · q kᵀ of the tokens ``rows``.
 
-    ``weights_of`` must hold the tensors that it uses, not look them up in a module, whose parameters may have been
-    swapped back by the time of the backward. A traced graph, whose sizes are free, has one chunk with everything.
+    For weights that need all scores of a query, of all heads, at once; in at least float32. ``weights_of`` must hold
+    the tensors that it uses, as for `in_chunks`.
     """
-    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # which checkpointing does not know
-    again = torch.is_grad_enabled() and not (traced or transformed)
-    rows = torch.arange(q.shape[2], device=q.device)
     with outside_autocast(q):
-        if traced:
-            return _rows(q, k, v, rows, weights_of, scale)
-        outs = [
-            checkpoint(_rows, some, k, v, at, weights_of, scale, use_reentrant=False)
-            if again
-            else _rows(some, k, v, at, weights_of, scale)
-            for some, at in zip(q.split(ROWS, dim=2), rows.split(ROWS))
-        ]
-        return torch.cat(outs, dim=2)
+        return in_chunks(lambda some, rows: _rows(some, k, v, rows, weights_of, scale), q, ROWS)
 
 
 def _rows(q, k, v, rows, weights_of, scale):

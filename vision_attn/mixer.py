@@ -181,8 +181,7 @@ class PatternMixer(Mixer):
     def __init__(self, pattern: Pattern, dim: int, num_heads: int | None = None, **mixer):
         check.positive_int("dim", dim)
         least = len(pattern.by_head())
-        if num_heads is None and least > 1:
-            num_heads = next((n for n in range(max(1, dim // 32), dim + 1) if dim % n == 0 and n >= least), None)
+        num_heads = heads_for(least, dim, mixer.get("key_dim")) if num_heads is None else num_heads
         super().__init__(dim, num_heads, **mixer)
         if self.num_heads < least:
             raise ValueError(f"num_heads={self.num_heads}: must be ≥ {least}, one head for each pattern")
@@ -235,6 +234,14 @@ class Sequence(Mixer):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+def heads_for(patterns: int, dim: int, key_dim: int | None = None) -> int | None:
+    """At least one for each pattern, more where a head would be wider than 32 channels; None if no number divides."""
+    if patterns > 1:
+        key_dim = dim if key_dim is None else key_dim
+        check.positive_int("key_dim", key_dim)
+        return next((n for n in range(max(patterns, dim // 32), dim + 1) if dim % n == key_dim % n == 0), None)
 
 
 def warn_of_blind_spot(mixer: Mixer) -> None:

@@ -7,7 +7,7 @@ Tiles are ``tile`` × ``tile`` pixels; beside means the 3 × 3 tiles around; glo
 raster order, which see all and are seen by all, and the prefix tokens of the host. For each head and each tile
 ``drawn`` tiles are drawn among those that are not beside it. The draw is a table of random numbers, made from ``seed``
 and kept in the state dict, which serves grids of any size: number u picks the u-th share of the tiles to choose from.
-It has rows for 256 tiles; larger grids use them again.
+It has rows for 256 tiles; larger grids use them again, each time moved on, so that other tiles are picked.
 With ``causal=True`` tiles are drawn among earlier ones, and all is cut to what comes before in raster order: past
 pixels of later tiles, right of a pixel in the rows above it, are left to other layers but for those beside.
 Blocks on a line of text become tiles. The paper's three parts are exact; every tile has nearly the same chance.
@@ -44,6 +44,7 @@ from ..union import flash
 
 ROWS = 256  # tiles with draws of their own
 BITS = 20  # of a random number
+MOVED = 648_055  # of 2^20, the golden ratio: numbers used again, moved by it once more each time, spread evenly
 
 
 class Draws(nn.Module):
@@ -73,7 +74,8 @@ class Draws(nn.Module):
         choice = (tile if past else down * right) - sum(length for _, length in runs)
         ends = choice[:, None] * torch.arange(drawn + 1, device=device) // drawn  # of shares, (tiles, drawn + 1)
         length = ends[:, 1:] - ends[:, :-1]
-        found = ends[:, :-1] + self.table.index_select(1, tile % ROWS) * length // 2**BITS  # number among the choice
+        numbers = (self.table.index_select(1, tile % ROWS) + (tile // ROWS * MOVED)[:, None]) % 2**BITS
+        found = ends[:, :-1] + numbers * length // 2**BITS  # number among the choice
         for first, skipped in runs:
             found = found + skipped[:, None] * (found >= first[:, None])
         return found.masked_fill(length == 0, -1)

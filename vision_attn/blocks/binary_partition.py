@@ -6,8 +6,9 @@ Cost: 2 N (3 levels + 1) (2 near + 1)² d + 2 N² d / 4^levels
 Every pixel is in exactly one cell that u sees. A cell of side 2^l is seen if it is more than ``near`` cells away and
 its parent of side 2^{l+1} is not; pixels whose parent is within ``near`` are seen themselves; at the last level, side
 2^levels, all that is left is seen. So the number of keys grows with the logarithm of the distance, as long as
-``levels`` does. With ``causal=True`` a cell is seen once it lies wholly in the past; what is past but in a cell that
-is not yet complete, such as the far left of the pixel's own row, is left to other layers.
+``levels`` does: with the default, cells of the last level are the fewer keys up to about 170 × 170. With
+``causal=True`` a cell is seen once it lies wholly in the past; what is past but in a cell that is not yet complete,
+such as the far left of the pixel's own row, is left to other layers.
 The paper splits a line of text into a binary tree; the quadtree is its reading in two dimensions.
 Deviations: the nodes of the tree are means of keys and values (the paper: states of their own, which each layer
 updates from their leaves, with embeddings for the kinds of edges). The paper looks at k nodes a level to each side.

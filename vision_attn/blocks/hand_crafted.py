@@ -4,9 +4,9 @@ Wu et al. 2020, Hand-crafted Attention, https://arxiv.org/abs/2006.05174
     A_u = 1 / |S_h(u)| on S_h(u), by head: {u + one step}, the row of u, the column of u, the row above
 Cost: N d
 There are no queries and keys: what is looked at does not depend on the image. ``patterns`` names what equal shares of
-the heads have, in order; by default as many heads as there are take the row, the column and a step to each side. A
-step stops at the border. With ``causal=True`` rows and columns end at the pixel itself, and the row above joins them:
-without it, what is right of a pixel in the rows above is never heard.
+the heads have, in order; by default the row, the column and a step to each side, or the first of these where heads are
+fewer. A step stops at the border. With ``causal=True`` rows and columns end at the pixel itself, and the row above
+joins them: without it, what is right of a pixel in the rows above is never heard.
 Prefix tokens look at all tokens alike (causal: at one another), and positions do not look at them.
 The source crafts attention for a line of audio frames by hand (fixed diagonals, blocks and verticals); these are
 their counterparts on a grid.
@@ -37,7 +37,7 @@ import torch
 from einops import rearrange
 
 from .. import check
-from ..mixer import Mixer, warn_of_blind_spot
+from ..mixer import Mixer, heads_for, warn_of_blind_spot
 from ..pattern import Column, Directed, PerHead, Row
 from ..precision import at_least_float32
 
@@ -93,6 +93,7 @@ class Block(Mixer):
     Args:
         patterns: of equal shares of the heads: "row", "column", "left", "right", "up", "down", "previous_row". None:
             the first of these, as many as there are heads; causal: of "row", "column", "previous_row", "left", "up".
+        num_heads: None: at least one for each pattern, where ``dim`` can be so divided.
         causal: only what comes before in raster order, and itself.
         Others: those of `Mixer`, but ``scale``, ``qk_norm`` and ``attn_drop``, which it has no use for.
 
@@ -116,14 +117,17 @@ class Block(Mixer):
         check.boolean("causal", causal)
         check.no_attn_drop(attn_drop)
         check.no_scale(scale, "there is no q · k to scale")
-        super().__init__(dim, num_heads, **mixer)
+        check.positive_int("dim", dim)
         rules = {"row": Row(past=causal), "column": Column(past=causal), "previous_row": RowAbove(past=causal)}
         rules |= {name: Step(by, past=causal) for name, by in STEPS.items()}
-        if patterns is None:
-            names = ("row", "column", "previous_row", "left", "up") if causal else ("row", "column", *STEPS)
-            patterns = names[: self.num_heads]
-        if not isinstance(patterns, (tuple, list)) or not patterns or not all(name in list(rules) for name in patterns):
-            raise ValueError(f"patterns={patterns!r}: must be a list of {', '.join(map(repr, rules))}")
+        names = ("row", "column", "previous_row", "left", "up") if causal else ("row", "column", *STEPS)
+        if patterns is not None:
+            names = patterns
+            if not isinstance(names, (tuple, list)) or not names or not all(name in list(rules) for name in names):
+                raise ValueError(f"patterns={patterns!r}: must be a list of {', '.join(map(repr, rules))}")
+        num_heads = heads_for(len(names), dim, mixer.get("key_dim")) if num_heads is None else num_heads
+        super().__init__(dim, num_heads, **mixer)
+        patterns = names[: self.num_heads] if patterns is None else patterns
         if len(patterns) > self.num_heads:
             raise ValueError(f"patterns={patterns!r}: must be at most num_heads={self.num_heads}")
         if causal and (ahead := {"right", "down"} & set(patterns)):

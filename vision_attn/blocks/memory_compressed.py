@@ -23,6 +23,7 @@ well-known reimplementation: of all heads together) and the null value is 0 (the
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,12 @@ from einops import rearrange
 from torch import nn
 
 from .. import check
+from ..by_rows import in_chunks
 from ..key_set import Tiles, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Directed, complete
+
+ROWS = 1024  # queries that share a mask
 
 
 @dataclass(frozen=True)
@@ -104,23 +108,28 @@ class Block(Mixer):
             keys.insert(1, self.null.to(k.dtype)[:, None].expand(k.shape[0], -1, 1, -1))
             values.insert(1, torch.zeros_like(v[:, :, :1]))
         keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        mask = self.mask(prefix, grid, q.device) if self.causal else None
-        options = dict(attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
-        return F.scaled_dot_product_attention(q, keys, values, **options).to(dtype)
+        attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout, scale=self.scale)
+        if not self.causal:
+            return attend(q, keys, values).to(dtype)
+        last = self.last_pixels(grid, q.device)
+        seen = torch.cat([torch.arange(-prefix, 1, device=q.device), last])  # prefix tokens, the null key, blocks
+
+        def of_some(q, rows):
+            return attend(q, keys, values, attn_mask=seen <= (rows - prefix).clamp(min=-1)[:, None])
+
+        return in_chunks(of_some, q, ROWS).to(dtype)
 
     def blocks(self, t, grid):
         """Positions (B, heads, N, d) by block, (B, heads, blocks, pixels of a block, d), padded with zeros."""
         maps = rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height)
         return rearrange(Tiles(self.stride).queries(maps), "(B n) c s d -> B n c s d", n=t.shape[1])
 
-    def mask(self, prefix, grid, device):
-        """Which of the prefix tokens, the null key and the blocks a token sees; prefix tokens see only one another."""
+    def last_pixels(self, grid, device):
+        """Raster index of the last pixel of each block."""
         n = Tiles(self.stride).sizes(*grid)
         places = rows_and_columns(torch.arange(n["y"] * n["x"], device=device), n["x"])
         bottom, right = (((at + 1) * s).clamp(max=size) - 1 for at, s, size in zip(places, self.stride, grid))
-        seen = bottom * grid.width + right <= torch.arange(grid.size, device=device)[:, None]
-        seen = F.pad(seen, (1, 0), value=True)
-        return F.pad(F.pad(seen, (0, 0, prefix, 0)), (prefix, 0), value=True)
+        return bottom * grid.width + right
 
     def weights(self, q, k, grid):
         prefix, (height, width), (p, r) = grid.prefix_of(q.shape[2]), grid, self.stride

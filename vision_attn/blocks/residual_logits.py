@@ -81,6 +81,17 @@ class Block(Sequence):
             heard = heard + weights.mean(dim=1, keepdim=True) @ heard
         return (heard - own) / (2 ** len(seen) - 1)
 
+    def reference(self, x, grid):
+        """The whole block by its definition: matrices of scores, added up from layer to layer."""
+        grid, update, scores = Grid.of(grid), 0, 0
+        for layer in self.chain:
+            q, k, v = layer.heads(x + update, grid)
+            scores = scores + layer.scale * q @ k.mT
+            seen = layer.pattern.head_masks(1, grid, grid.prefix_of(x.shape[1]), x.device)
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+            update = update + layer.proj_drop(layer.proj((weights @ v).transpose(1, 2).flatten(2)))
+        return update
+
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.causal:
             raise ValueError("causal=False: pixel by pixel only a causal block can go on")

@@ -12,9 +12,9 @@ layer of the network is the projection to queries; there are no keys.
 With ``causal=True`` a pixel takes from whole rows above and from its own row up to itself, exactly all of the past.
 Prefix tokens have no place to learn logits for: their score is 0, and they look at all tokens alike (causal: at one
 another).
-Deviations: the paper's factorized dense form repeats and multiplies two short logits; here it is the factoring over
-axes of every form. Mixtures are of dense and random logits; the paper's with q · k, and its fixed random tables, are
-not offered.
+Deviations: the network's second layer has no bias. The paper's factorized dense form repeats and multiplies two short
+logits; here it is the factoring over axes of every form. Mixtures are of dense and random logits; the paper's with
+q · k, and its fixed random tables, are not offered.
 """
 
 from typing import Literal
