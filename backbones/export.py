@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vision_attn import Gate, Mixer, __version__, check
+from vision_attn import Gate, Mixer, __version__, check, list_blocks
 
 from .insert import _input_size
 
@@ -42,7 +42,7 @@ def export_onnx(
         path: of the one file to write; folders are made.
         image_size: (height, width) to trace at; None: the model's own.
         dynamic: whether height and width may vary.
-        opset: 18 or later.
+        opset: 18 or later, as far as torch and onnxruntime know it.
         precision: fp32; fp16, with float32 images and answers; int8, the weights of products quantised, and their
             inputs as they come.
         metadata: more of it, plain types by name.
@@ -87,11 +87,11 @@ def describe_export(model: nn.Module, image_size: tuple[int, int]) -> dict:
     """What a file says of itself: model, blocks, image_size, mean, std, interpolation, crop_pct, num_classes and the
     version of vision_attn."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    blocks = {type(m).__module__.rpartition(".")[2] for m in model.modules() if isinstance(m, (Gate, Mixer))}
+    modules = {type(m).__module__.rpartition(".")[2] for m in model.modules() if isinstance(m, (Gate, Mixer))}
     known = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct") if key in config}
     return {
         "model": config.get("architecture") or type(model).__name__,
-        "blocks": sorted(blocks),
+        "blocks": sorted(modules & set(list_blocks())),  # without what blocks are made of
         "image_size": list(image_size),
         **known,
         "num_classes": getattr(model, "num_classes", None),
@@ -136,15 +136,18 @@ def _own_weights(graph) -> None:
 
 
 def _awake(model: nn.Module) -> nn.Module | None:
-    """A copy whose all-zero and all-one parameters and statistics are random, so that no part is multiplied away; None
-    if there are none."""
+    """A copy whose all-zero and all-one parameters and statistics are random, as are other gains that are all alike, so
+    that no part is multiplied away; None if there are none."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.numel() and t.is_floating_point()]
-    asleep = [t for t in tensors if t.min() == t.max() and t.min() in (0, 1)]
+    asleep = [t for t in tensors if t.min() == t.max() and (t.min() in (0, 1) or t.numel() > 1)]
     with torch.no_grad():
         for tensor in asleep:
-            draw = torch.empty(tensor.shape).uniform_(-0.5, 0.5, generator=generator)
-            tensor.add_(draw + 0.25 * draw.sign() if not tensor.any() else draw)  # no zero left, no variance below 0.5
+            alike, draw = tensor.flatten()[0], torch.empty(tensor.shape).uniform_(-0.5, 0.5, generator=generator)
+            if alike == 0:
+                tensor.copy_(draw + 0.25 * draw.sign())  # no zero left
+            else:
+                tensor.copy_(alike.sign() * alike.abs().clamp(min=1) * (1 + draw))  # no variance below 0.5
     return model if asleep else None
 
 
@@ -167,6 +170,8 @@ def _sizes(model: nn.Module, size: tuple[int, int], dynamic: bool) -> list[tuple
 
 
 def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], dynamic: bool, opset: int) -> None:
+    import onnx  # of the extra "onnx"
+
     axes = {0: torch.export.Dim.DYNAMIC}
     if _varies(model, dynamic):
         axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
@@ -182,6 +187,9 @@ def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], d
         external_data=False,
         verbose=False,
     )
+    (written,) = (entry.version for entry in onnx.load(path).opset_import if entry.domain == "")
+    if written != opset:
+        raise ValueError(f"opset={opset}: torch {torch.__version__} knows no such opset, it wrote {written}")
 
 
 def _compare(
@@ -189,23 +197,24 @@ def _compare(
 ) -> dict[tuple[int, int, int], float]:
     import onnxruntime  # of the extra "onnx"
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors have no common class
+        raise ExportError(f"onnxruntime {onnxruntime.__version__} can't load the graph: {error}") from error
     generator, errors = torch.Generator().manual_seed(1), {}
     for batch, height, width in sizes:
+        where = f"at (batch, height, width) = {(batch, height, width)}"
         images = torch.randn(batch, channels, height, width, generator=generator)
         with torch.no_grad():
             wanted: Tensor = model(images)
         try:
             got = session.run(None, {"image": images.numpy()})[0]
-        except Exception as error:  # onnxruntime's own errors have no common class
-            raise ExportError(
-                f"at (batch, height, width) = {(batch, height, width)} onnxruntime can't run the graph: {error}"
-            ) from error
+        except Exception as error:
+            raise ExportError(f"{where} onnxruntime can't run the graph: {error}") from error
+        if got.shape != tuple(wanted.shape):
+            raise ExportError(f"{where} onnxruntime gives {got.shape}, PyTorch {tuple(wanted.shape)}")
         error = float(np.abs(got - wanted.numpy()).max())
         errors[batch, height, width] = error
-        largest = max(0.01, float(wanted.abs().max()))
-        if got.shape != tuple(wanted.shape) or not error <= TOLERANCES[precision] * largest:
-            raise ExportError(
-                f"at (batch, height, width) = {(batch, height, width)} onnxruntime differs from PyTorch by {error:.2g}"
-            )
+        if not error <= TOLERANCES[precision] * max(0.01, float(wanted.abs().max())):
+            raise ExportError(f"{where} onnxruntime differs from PyTorch by {error:.2g}")
     return errors

@@ -95,6 +95,32 @@ class MixesImages(Brightness):
         return super().gate(x) + x.mean(dim=0, keepdim=True)
 
 
+class HearsTheImageBefore(Brightness):
+    def gate(self, x):
+        return super().gate(x) + torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+    def reference(self, x):
+        return super().reference(x) + torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+
+class SaysNothing(Rows):
+    steps = ()
+
+
+class CausalInNameOnly(Rows):
+    causal = True
+
+
+class RootOfZero(Gate):
+    """What is added below the root is 0 in float16."""
+
+    def gate(self, x):
+        return x * (x.square().sum(dim=1, keepdim=True) + 1e-9).sqrt()
+
+    def reference(self, x):
+        return RootOfZero.gate(self, x)
+
+
 class WritesToInput(Brightness):
     def gate(self, x):
         x.data.mul_(1.01)
@@ -152,6 +178,11 @@ class DrawsInEval(Brightness):
         (IgnoresDropout, {}, "attention_dropout_drops_weights_or_is_refused", ""),
         (DeadWeight, {}, "every_parameter_learns", "block.unused"),
         (MixesImages, {}, "images_of_a_batch_never_mix", "grid Grid(height=1, width=1)"),
+        (HearsTheImageBefore, {}, "images_of_a_batch_never_mix", "grid Grid(height=1, width=1)"),
+        (SaysNothing, {}, "fast_path_is_the_definition", "neither steps nor a reference"),
+        (SaysNothing, {}, "fast_path_is_the_definition_at_any_size_with_any_options", "nothing says"),
+        (CausalInNameOnly, {}, "the_future_has_no_effect", "place 0"),
+        (RootOfZero, {}, "hard_input_gives_finite_numbers", "gradient of x is not finite where the definition is"),
         (WritesToInput, {}, "an_input_is_never_modified", "grid Grid(height=1, width=1)"),
         (RemembersSize, {}, "a_size_leaves_nothing_behind", ""),
         (TakesAnything, {}, "wrong_arguments_are_refused_by_name", "power=nan is accepted"),
@@ -178,6 +209,8 @@ def test_what_is_no_block_is_refused():
             check_block(wrong)
     with pytest.raises(ValueError, match="only='scale': no property has such a name; there are .*rows_of_weights"):
         check_block(Rows, only="scale")
+    with pytest.raises(ValueError, match=r"only='the_future\*': no such property applies to .*Rows"):
+        check_block(Rows, only="the_future*")
 
 
 def test_properties_are_named_by_sentences():

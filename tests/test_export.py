@@ -16,6 +16,7 @@ from conftest import OFTEN, alive, every_block
 from torch import nn
 
 import backbones
+from backbones.export import describe_export
 from vision_attn import list_blocks
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +118,13 @@ def test_opsets(tmp_path, opset):
     assert_same_answers(model, tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("opset, error, said", [(99, ValueError, "opset=99: .* wrote"), (27, Exception, "opset|load")])
+def test_an_opset_that_is_not_known_leaves_no_file(tmp_path, opset, error, said):
+    with pytest.raises(error, match=said) as failure:
+        backbones.export_onnx(nn.Conv2d(3, 5, 3), tmp_path / "m.onnx", image_size=29, opset=opset)
+    assert isinstance(failure.value, (ValueError, backbones.ExportError)) and not list(tmp_path.iterdir())
+
+
 def test_a_new_layer_is_exported_as_it_is_and_the_model_is_left_alone(tmp_path):
     """Random gains are for the check alone."""
     model = resnet("dense").train()
@@ -158,6 +166,20 @@ def test_the_file_says_what_it_is(tmp_path):
         "precision": "fp32",
         "class_names": ["a", "b"],
     }
+
+
+@every_block
+def test_the_file_names_its_block_and_not_what_it_is_made_of(block):
+    assert describe_export(resnet(block), (28, 36))["blocks"] == [block]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, opset", [("fp16", 23), ("int8", 20)])
+@every_block
+def test_every_block_in_a_smaller_file(tmp_path, block, precision, opset):
+    """`export_onnx` compares the answers at six sizes."""
+    model = alive(resnet(block)).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36), precision=precision, opset=opset)
 
 
 @pytest.mark.parametrize("precision, share, error", [("fp16", 0.7, 0.02), ("int8", 0.5, 0.2)])
@@ -268,6 +290,22 @@ class Ones(Wrong):
 def test_a_wrong_graph_behind_a_new_norm_is_an_error(tmp_path):
     with pytest.raises(backbones.ExportError):
         backbones.export_onnx(Ones().eval(), tmp_path / "m.onnx", image_size=(29, 31), dynamic=True)
+
+
+class LayerScale(Wrong):
+    """Wrong where a gain for each channel is not nearly zero."""
+
+    def __init__(self):
+        super().__init__(0.5)
+        self.scale = nn.Parameter(torch.full((5, 1, 1), 1e-5))
+
+    def update(self, x):
+        return self.scale * x * int((x.shape[2] * x.shape[3]) ** 0.5)
+
+
+def test_a_wrong_graph_behind_a_small_gain_for_each_channel_is_an_error(tmp_path):
+    with pytest.raises(backbones.ExportError):
+        backbones.export_onnx(LayerScale().eval(), tmp_path / "m.onnx", image_size=(29, 31))
 
 
 @pytest.mark.parametrize("size", [0, -32, (32,), (32, 0), (3, 32, 32), "32", "ab", 32.0, (32.0, 32)])

@@ -11,7 +11,8 @@ import pytest
 import timm
 import torch
 from conftest import alive
-from torchvision.transforms import functional as TF
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 import backbones
 from training.datasets import Digits
@@ -102,21 +103,22 @@ def test_relative_links_lead_somewhere():
             assert (ROOT / target).exists(), target
 
 
-def test_the_exported_file_is_enough(tmp_path, monkeypatch):
-    """In a process of its own, which refuses every import but those of the snippet."""
+@pytest.mark.parametrize("size, crop_pct", [((32, 32), 1.0), ((61, 47), 0.9), ((23, 40), 0.875), ((299, 450), 0.95)])
+def test_the_exported_file_is_enough(tmp_path, size, crop_pct):
+    """In a process of its own, which refuses every import but those of the snippet; images prepared as by timm."""
     (program,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "InferenceSession" in code]
     assert len(program.splitlines()) <= 20
     torch.manual_seed(0)
     model = alive(timm.create_model("cifar_resnet20_cbam", num_classes=10)).eval()
+    model.pretrained_cfg = model.pretrained_cfg | {"crop_pct": crop_pct}
     names = [f"digit {digit}" for digit in range(10)]
     backbones.export_onnx(model, tmp_path / "model.onnx", metadata={"class_names": names})
-    image = Digits(train=False)[3][0]
+    image = Digits(train=False)[3][0].resize(size, Image.Resampling.BICUBIC)
     image.save(tmp_path / "image.png")
     banned = "import sys\nfor name in ('torch', 'timm', 'vision_attn', 'backbones'): sys.modules[name] = None\n"
     done = subprocess.run([sys.executable, "-c", banned + program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    config = model.pretrained_cfg
-    pixels = TF.normalize(TF.to_tensor(image.convert("RGB")), config["mean"], config["std"])
+    prepare = create_transform(**resolve_data_config({}, model=model))
     with torch.no_grad():
-        shares = model(pixels[None]).softmax(dim=1)[0]
+        shares = model(prepare(image.convert("RGB"))[None]).softmax(dim=1)[0]
     assert done.stdout.strip() == f"{names[shares.argmax()]} {shares.max():.0%}"

@@ -71,6 +71,8 @@ class Mixer(nn.Module):
                 raise ValueError(f"num_heads={num_heads}: must divide {name}={value}")
         if scale is not None:
             check.positive("scale", scale)
+        if norm_layer is not None and not callable(norm_layer):
+            raise ValueError(f"norm_layer={norm_layer!r}: must be a class of modules")
         for name, value in (("qkv_bias", qkv_bias), ("qk_norm", qk_norm), ("proj_bias", proj_bias)):
             check.boolean(name, value)
         if qk_norm and not {"q", "k"} <= set(self.projects):

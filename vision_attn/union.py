@@ -15,7 +15,7 @@ from .flash import kernel_for, merged
 from .grid import Grid
 from .key_set import Everything, KeySet
 from .pattern import All, Past, Pattern
-from .precision import at_least_float32
+from .precision import at_least_float32, is_slow
 
 
 def attend(
@@ -34,7 +34,7 @@ def attend(
     Without causality there may be more prefix tokens among the keys than among the queries. ``bias`` is added to the
     scaled scores of the only key set, b = B · heads. Cost: (queries × keys looked at) · d.
     """
-    if v.dtype == torch.float16 and v.device.type == "cpu":  # slow there, and scores may pass the least float16, a mask
+    if is_slow(v):  # and scores may pass the least float16, a mask
         bias = None if bias is None else bias.float()
         out = attend(q.float(), k.float(), v.float(), grid, pattern, scale=scale, dropout=dropout, bias=bias)
         return out.half()

@@ -40,6 +40,7 @@ from ..grid import Grid
 from ..key_set import Everything, Only, Tiles, rows_and_columns
 from ..mixer import PatternMixer, warn_of_blind_spot
 from ..pattern import Directed, Global, Past, PerHead
+from ..precision import is_slow
 from ..union import flash
 
 ROWS = 256  # tiles with draws of their own
@@ -145,7 +146,7 @@ class Block(PatternMixer):
             warn_of_blind_spot(self)
 
     def mix(self, q, k, v, grid):
-        if v.dtype == torch.float16 and v.device.type == "cpu":  # slow there
+        if is_slow(v):
             return self.mix(q.float(), k.float(), v.float(), grid).half()
         heads, prefix, fold = q.shape[1], grid.prefix_of(q.shape[2]), Tiles((self.side, self.side))
         first = prefix + torch.sym_min(self.tokens, grid.size)  # tokens that all see

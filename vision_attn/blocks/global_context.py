@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import check
 from ..gate import Gate
+from ..precision import at_least_float32, outside_autocast
 
 
 class Block(Gate):
@@ -63,7 +64,9 @@ class Block(Gate):
         self.add = transform() if fusion != "multiply" else None
 
     def gate(self, x):
-        context = torch.einsum("bchw,bhw->bc", x, self.attention_map(x))
+        wide = at_least_float32(x)
+        with outside_autocast(x):  # its gradient, a sum over channels, may leave float16
+            context = torch.einsum("bchw,bhw->bc", x.to(wide), self.shares(x)).to(x.dtype)
         if self.multiply is not None:
             x = x * self.multiply(context).sigmoid()[:, :, None, None]
         if self.add is not None:
@@ -71,11 +74,15 @@ class Block(Gate):
         return x
 
     def attention_map(self, x):
-        batch, _, height, width = self.checked(x).shape
+        return self.shares(self.checked(x)).to(x.dtype)
+
+    def shares(self, x):
+        """Of each position in the summary, (B, H, W), in at least float32."""
+        batch, _, height, width = x.shape
         if self.key is None:
-            return x.new_ones(batch, height, width) / (height * width)
-        scores = self.key(x.permute(0, 2, 3, 1)).flatten(1)
-        return scores.softmax(dim=1).reshape(batch, height, width)
+            return x.new_ones(batch, height, width, dtype=at_least_float32(x)) / (height * width)
+        scores = self.key(x.permute(0, 2, 3, 1).to(self.key.weight.dtype)).flatten(1)
+        return scores.softmax(dim=1, dtype=at_least_float32(x)).reshape(batch, height, width)
 
     def reference(self, x):
         return torch.stack([self.reference_image(image) for image in x])

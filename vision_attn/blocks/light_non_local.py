@@ -44,7 +44,9 @@ class Block(Gate):
         self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
 
     def gate(self, x):
-        return x + self.norm(self.near(self.far(x)))
+        far = self.far(x).to(self.near.weight.dtype)
+        with outside_autocast(x):  # in float16 the cube of a feature would soon be infinite
+            return x + self.norm(self.near(far)).to(x.dtype)
 
     def far(self, x):
         """θ φᵀ g / (H W), associated the cheaper way; in a traced graph, whose size is open, the linear one."""

@@ -22,7 +22,7 @@ from torch import nn
 
 from .. import check
 from ..mixer import Mixer
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, is_slow, outside_autocast
 from ..resize import spread
 
 
@@ -79,6 +79,8 @@ class Block(Mixer):
                 nn.init.normal_(table, std=table.shape[-1] ** -0.5)
 
     def mix(self, q, k, v, grid):
+        if is_slow(v):
+            return self.mix(q.float(), k.float(), v.float(), grid).half()
         prefix = grid.prefix_of(q.shape[2])
         wide = at_least_float32(v)
         with outside_autocast(v):

@@ -35,6 +35,7 @@ from ..by_rows import in_chunks
 from ..key_set import Tiles, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Directed, complete
+from ..precision import is_slow
 
 ROWS = 1024  # queries that share a mask
 
@@ -95,7 +96,7 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         prefix, dtype = grid.prefix_of(q.shape[2]), v.dtype
-        if dtype == torch.float16 and v.device.type == "cpu":  # slow there, and scores may leave its range
+        if is_slow(v):
             q, k, v = q.float(), k.float(), v.float()
         keys, values = self.blocks(k[:, :, prefix:], grid), self.blocks(v[:, :, prefix:], grid)
         # (B, heads, blocks, p q, d)

@@ -32,7 +32,7 @@ def check_block(block_class: type, *, only: str = "*", unfelt: tuple[str, ...] =
     Raises:
         AssertionError: a property fails; all of those are named, each with its smallest example.
         TypeError: the class is no block.
-        ValueError: no property has such a name.
+        ValueError: no property has such a name, or none that has applies to the block.
     """
     if not isinstance(block_class, type) or not issubclass(block_class, (Mixer, Gate)):
         raise TypeError(f"block_class={block_class!r}: must be a subclass of Mixer or Gate")
@@ -42,9 +42,10 @@ def check_block(block_class: type, *, only: str = "*", unfelt: tuple[str, ...] =
             f"only={only!r}: no property has such a name; there are {', '.join(p.name for p in PROPERTIES)}"
         )
     case, failed = Case(block_class, options, frozenset(unfelt)), []
-    for each in chosen:
-        if not each.applies(case):
-            continue
+    applicable = [each for each in chosen if each.applies(case)]
+    if not applicable:
+        raise ValueError(f"only={only!r}: no such property applies to {case}")
+    for each in applicable:
         torch.manual_seed(0)
         before = case.trials
         try:

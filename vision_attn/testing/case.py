@@ -113,7 +113,7 @@ KINDS = {
     "mixer": lambda case: case.is_mixer,
     "gate": lambda case: not case.is_mixer,
     "average": lambda case: all_steps(case, lambda step: step.averages),
-    "causal": lambda case: bool(case.options.get("causal")),
+    "causal": lambda case: case.is_mixer and case.new(device="meta").causal,
     "softmax": lambda case: all_steps(case, is_softmax_of_products),
 }
 

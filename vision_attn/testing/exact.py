@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ..grid import Grid
 from .arguments import arguments, values_of
 from .case import EXAMPLES, GRID, GRIDS, PREFIXES, SMALL, holds_for, lived_in
-from .oracle import assert_equal, assert_same_function, definition, error, mixer_sides, sides
+from .oracle import assert_equal, assert_same_function, definition, error, mixer_sides, sides, whole_sides
 
 
 @holds_for("any")
@@ -59,9 +59,11 @@ def fast_path_is_the_definition_at_any_size_with_any_options(case):
         batch, grid, prefix = numbers["batch"], Grid(*numbers["grid"]), numbers["prefix"]
         tokens = prefix + grid.size
         if case.is_mixer:
-            pairs = mixer_sides(block, grid, [(batch, heads, tokens, d) for d in (key, key, value)])
+            of_steps = mixer_sides(block, grid, [(batch, heads, tokens, d) for d in (key, key, value)])
+            pairs = [*of_steps, *whole_sides(block, grid, batch, prefix)]
         else:
             pairs = [(block.gate, block.reference, [torch.randn(batch, block.dim, *grid, dtype=torch.float64)])]
+        assert pairs, "nothing says what it should give"
         for fast, plain, inputs in pairs:
             if all(p.requires_grad for p in block.parameters()):
                 assert_same_function(fast, plain, inputs, list(block.parameters()))

@@ -14,10 +14,17 @@ def sides(block, grid, prefix) -> list[tuple[Callable, Callable, list[Tensor]]]:
     """A block's fast path, its definition and inputs for both: of each step, and of the whole if it has a reference."""
     if isinstance(block, Gate):
         return [(block.gate, block.reference, [torch.randn(BATCH, block.dim, *grid, dtype=torch.float64)])]
+    found = [*whole_sides(block, grid, BATCH, prefix), *step_sides(block, grid, prefix)]
+    assert found, f"{type(block).__name__} has neither steps nor a reference: nothing says what it should give"
+    return found
+
+
+def whole_sides(block, grid, batch, prefix):
+    """That of a mixer with a reference."""
     if not hasattr(block, "reference"):
-        return step_sides(block, grid, prefix)
-    x = torch.randn(BATCH, prefix + grid[0] * grid[1], block.dim, dtype=torch.float64)
-    return [(lambda x: block(x, grid), lambda x: block.reference(x, grid), [x]), *step_sides(block, grid, prefix)]
+        return []
+    x = torch.randn(batch, prefix + grid[0] * grid[1], block.dim, dtype=torch.float64)
+    return [(lambda x: block(x, grid), lambda x: block.reference(x, grid), [x])]
 
 
 def step_sides(block, grid, prefix):
