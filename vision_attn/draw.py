@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .gate import Gate
 from .grid import Grid
-from .mixer import Mixer
+from .mixer import Mixer, PatternMixer
 from .pyramid import PyramidMixer
 
 SHADES = ".:-=+*%#"  # light to dark
@@ -30,8 +30,8 @@ class Look(NamedTuple):
 def looks(block: Mixer | Gate, grid: Grid, query: tuple[int, int], seed: int = 0) -> list[Look]:
     """Where the pixel ``query`` = (y, x) looks; puts the block into eval mode.
 
-    Of a pattern: what it may see, for each share of the heads. Of any other mixer: its weights for a random image,
-    heads averaged. Of a gate, which has no query: its weight of every position of that image.
+    Of attention over a pattern: what it may see, for each share of the heads. Of any other mixer: its weights for a
+    random image, heads averaged. Of a gate, which has no query: its weight of every position of that image.
 
     Raises:
         ValueError: ``query`` is outside the grid.
@@ -45,7 +45,7 @@ def looks(block: Mixer | Gate, grid: Grid, query: tuple[int, int], seed: int = 0
     found, tokens, steps = [], image.flatten(2).mT, block.steps or (block,)
     for number, step in enumerate(steps, start=1):
         which = f"step {number} of {len(steps)}, " if len(steps) > 1 else ""
-        if hasattr(step, "pattern") and not isinstance(step, PyramidMixer):  # of a pyramid, cells tell more
+        if tells_by_pattern(step):
             seen = of_pattern(step, grid, query)
         else:
             weights = step.attention(tokens, grid)[0, :, query[0] * grid.width + query[1]].mean(dim=0)
@@ -55,6 +55,12 @@ def looks(block: Mixer | Gate, grid: Grid, query: tuple[int, int], seed: int = 0
         if number < len(steps):
             tokens = step(tokens, grid)
     return found
+
+
+def tells_by_pattern(step: Mixer) -> bool:
+    """Whether its pattern says what is seen; elsewhere weights tell more: cells, spans, bells."""
+    alone = isinstance(step, PatternMixer) or "q" not in step.projects
+    return hasattr(step, "pattern") and alone and not isinstance(step, PyramidMixer)
 
 
 def of_pattern(step: Mixer, grid: Grid, query: tuple[int, int]) -> Iterator[Look]:
