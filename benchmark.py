@@ -231,14 +231,14 @@ def benchmark(
     if resume:
         rows = [row | {side: int(row[side]) for side in ("height", "width")} for row in read(resume)]
     known = {(label(row), row["height"], row["width"]) for row in rows}
-    made = [(block, {}) if isinstance(block, str) else (block.pop("name"), block) for block in blocks]
-    wanted = [(*block, Grid(*size)) for size, block in itertools.product(sizes, made)]
-    left = [
-        (name, options, grid) for name, options, grid in wanted if (label(titles(name, options)), *grid) not in known
-    ]
-    for name, options, grid in tqdm(left, unit=" rows"):
-        row = measure(name, options, grid, heads, channels, repeats, device, getattr(torch, dtype), dense_limit)
-        rows.append(row)
+    left = []
+    for size, block in itertools.product(sizes, blocks):
+        options = {"name": block} if isinstance(block, str) else dict(block)
+        name = options.pop("name")
+        if (label(titles(name, options)), *size) not in known:
+            left.append((name, options, Grid(*size)))
+    for what in tqdm(left, unit=" rows"):
+        rows.append(measure(*what, heads, channels, repeats, device, getattr(torch, dtype), dense_limit))
         path = write(path, "mixers", rows, device)  # after every row: it may be stopped
     plot(rows, path.with_suffix(".png"))
     if summaries := growth(rows):
