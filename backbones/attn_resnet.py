@@ -42,7 +42,7 @@ def add_attention(model: ResNet, block: str, at: str | list[str] | None = None, 
         hits = [name for name in could if fnmatchcase(name, pattern)]
         if not hits:
             raise ValueError(
-                f"attn_at={at!r}: {pattern!r} matches none of the stages {', '.join(stages)} "
+                f"at={at!r}: {pattern!r} matches none of the stages {', '.join(stages)} "
                 f"or their parts {', '.join(slots)}"
             )
         found += hits

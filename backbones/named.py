@@ -49,7 +49,12 @@ def _entrypoint(name, stock, block, add, module, feature_cfg, filter_weights):
         def build(attn_kwargs=None, attn_at=None, **kwargs):
             model = model_entrypoint(stock)(pretrained=False, **kwargs)
             plain.update({key: value.shape for key, value in model.state_dict().items()})
-            return add(model, block, attn_at, **(attn_kwargs or {}))
+            try:
+                return add(model, block, attn_at, **(attn_kwargs or {}))
+            except ValueError as error:
+                if str(error).startswith("at="):  # which is called attn_at here
+                    raise ValueError(f"attn_{error}") from error
+                raise
 
         def weights(state_dict: dict, model: nn.Module) -> dict:
             return _with_own(filter_weights(state_dict, model) if filter_weights else state_dict, model, plain)

@@ -167,7 +167,7 @@ def test_places_in_a_vit(block, at):
 @every_block
 @pytest.mark.parametrize("at", ["layer5", "layer3.7", "layer3.0.conv1", "", ["layer3", "stage.*"], []])
 def test_a_wrong_place_in_a_resnet_lists_the_right_ones(block, at):
-    with pytest.raises(ValueError, match="attn_at=") as refusal:
+    with pytest.raises(ValueError, match="^attn_at=") as refusal:
         made("resnet18", block, attn_at=at)
     assert "layer3" in str(refusal.value) and "layer4.1" in str(refusal.value)
 
@@ -175,7 +175,7 @@ def test_a_wrong_place_in_a_resnet_lists_the_right_ones(block, at):
 @every_block
 @pytest.mark.parametrize("at", ["layer3", "blocks.7", "", ["blocks.1", "block.0"], []])
 def test_a_wrong_place_in_a_vit_lists_the_right_ones(block, at):
-    with pytest.raises(ValueError, match="at=") as refusal:
+    with pytest.raises(ValueError, match="^attn_at=") as refusal:
         made("vit_tiny_patch4_32", block, depth=2, attn_at=at)
     assert "blocks.0" in str(refusal.value) and "blocks.1" in str(refusal.value)
 
