@@ -98,9 +98,15 @@ def test_commands_name_existing_files():
 
 
 def test_relative_links_lead_somewhere():
-    for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
-        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page):
-            assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), ROOT / "results/README.md"):
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_page_of_the_mixers_shows_the_newest_table():
+    *_, newest = sorted(ROOT.glob("results/*-mixer-accuracy.txt"))
+    (shown,) = re.findall(r"```text\n(.*?)```", (ROOT / "docs/mixers.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert shown == newest.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("size, crop_pct", [((32, 32), 1.0), ((61, 47), 0.9), ((23, 40), 0.875), ((299, 450), 0.95)])
