@@ -171,7 +171,7 @@ def plot(rows: list[dict], target: Path) -> None:
     for half, (column, unit) in zip(figure.subfigures(2, 1), shown):
         half.suptitle(f"{unit}, against pixels N (gray: dense; dashed: causal)")
         panels = half.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
-        for axis, (name, own) in zip(panels, of.items()):
+        for (name, own), axis in zip(of.items(), panels):  # in this order, which takes no panel too many
             axis.set(xscale="log", yscale="log")
             axis.set_title(name, fontsize=8)
             axis.grid(alpha=0.3)
@@ -227,8 +227,9 @@ def benchmark(
     torch.manual_seed(0)
     if blocks is None:
         blocks = list_blocks() + [dict(name=name, causal=True) for name in list_blocks() if describe(name).causal]
-    rows, path = [], resume or path
+    rows = []
     if resume:
+        path = Path(resume)
         rows = [row | {side: int(row[side]) for side in ("height", "width")} for row in read(resume)]
     known = {(label(row), row["height"], row["width"]) for row in rows}
     left = []

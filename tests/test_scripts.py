@@ -134,6 +134,9 @@ def test_benchmark_writes_ratios(tmp_path):
     again = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()[1:]))
     assert again[:-2] == rows[:-2] and len(again) == len(rows)
     assert [row["block MiB"] for row in again] == [row["block MiB"] for row in rows]
+    path.with_suffix(".png").unlink()
+    run["benchmark"](sizes=((3, 5), (7, 5)), resume=str(path))  # nothing is left to measure
+    assert path.with_suffix(".png").stat().st_size > 1000 and len(path.read_text().splitlines()) == len(lines)
 
 
 def test_benchmark_runs_attention_alone_where_that_is_all():
