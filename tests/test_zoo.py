@@ -250,9 +250,8 @@ def test_a_mixer_costs_what_its_docstring_says(block_name):
 
 def test_heads_are_as_many_as_leave_32_channels(block_name):
     if describe(block_name).kind == "mixer":
-        least = {"factored": 3, "hand_crafted": 6, "longformer": 2, "per_head": 3}.get(
-            block_name, 1
-        )  # one for each pattern
+        patterns = {"factored": 3, "hand_crafted": 6, "longformer": 2, "per_head": 3}  # a head for each
+        least = patterns.get(block_name, 1)
         for dim, heads in [(31, 1), (64, 2), (97, 1), (192, 6), (7 * 32, 7), (7 * 31, 1), (60, 1), (90, 2)]:
             heads = next(n for n in range(max(least, heads), dim + 1) if dim % n == 0)
             heads = 1 if block_name == "single_head" else heads

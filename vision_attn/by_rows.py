@@ -1,7 +1,7 @@
 """Attention that needs something of N×N numbers, scores or a mask: some rows of it at a time.
 
 What a chunk of rows needs is computed anew in the backward, so that only queries, keys and values are kept: memory is
-(rows of a chunk) × N, not N².
+(rows of a chunk) × N, not N². A chunk that is all there is keeps what it has.
 """
 
 from collections.abc import Callable
