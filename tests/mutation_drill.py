@@ -1,7 +1,9 @@
 """A drill for the tests: the source of a mechanism is broken in one place at a time, and some test must say so.
 
     python tests/mutation_drill.py                                 every block
-    python tests/mutation_drill.py --files '[union.py, flash.py]'  what blocks share
+    python tests/mutation_drill.py --files '[union.py, pattern.py]' --blocks '[dense, window]'
+
+The second breaks what blocks share, and tries it on some of them.
 
 The scale is dropped, height and width change places, a comparison is off by one, a mask is forgotten (so that what
 it leaves to another set counts twice), an axis is the wrong one. Each broken zoo runs in a process of its own: first
@@ -177,7 +179,7 @@ class Broken(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return self.mutant.source
 
 
-def caught_by(mutant: Mutant, limit: float) -> str:
+def caught_by(mutant: Mutant, blocks: list[str], limit: float) -> str:
     """Name of the first test that fails on a mutant, found in a process of its own; "" if none does in time."""
     read, send = os.pipe()
     child = os.fork()
@@ -188,7 +190,7 @@ def caught_by(mutant: Mutant, limit: float) -> str:
         os.dup2(quiet, 1), os.dup2(quiet, 2)
         sys.meta_path.insert(0, Broken(mutant))
         try:
-            said = first_failure(mutant.block)
+            said = first_failure(mutant.block, blocks)
         except BaseException:  # the zoo can't even be imported
             said = "import: " + traceback.format_exc().strip().rpartition("\n")[2]
         os.write(send, (said or "nothing").encode()[:4000])
@@ -200,22 +202,22 @@ def caught_by(mutant: Mutant, limit: float) -> str:
     return {"nothing": "", "": NO_ANSWER}.get(said, said)
 
 
-def time_unbroken(file: str) -> float:
+def time_unbroken(file: str, blocks: list[str]) -> float:
     """Seconds that all tests of a file take; SystemExit if one fails."""
     start = time.monotonic()
     whole = Mutant(file, 0, "none", "", "", (ZOO / file).read_text(encoding="utf-8"))
-    if said := caught_by(whole, LIMIT):
+    if said := caught_by(whole, blocks, LIMIT):
         raise SystemExit(f"{file}, which is not broken: {said}")
     return time.monotonic() - start
 
 
-def first_failure(block: str | None) -> str:
-    """The first property or test that fails, for one block or for all."""
+def first_failure(block: str | None, blocks: list[str]) -> str:
+    """The first property or test that fails, for one block, or for those that share a file."""
     import conftest
 
     from vision_attn.testing import PROPERTIES
 
-    cases = [case for case in conftest.cases() if block in (None, conftest.block_of(case))]
+    cases = [case for case in conftest.cases() if conftest.block_of(case) in ([block] if block else blocks)]
     first = list({case.block_class: case for case in reversed(cases)}.values())
     quick = [each for each in PROPERTIES if not each.slow]
     long = [each for each in PROPERTIES if each.slow and not each.name.startswith(("compiles", "is_traced"))]
@@ -257,20 +259,24 @@ class Failures:
             self.first = report.nodeid.rpartition("/")[2]
 
 
-def drill(files: list[str] | None = None, path: str | None = None) -> None:
+def drill(files: list[str] | None = None, blocks: list[str] | None = None, path: str | None = None) -> None:
     """Breaks files of the zoo, place by place, and lists which test catches it.
 
     Args:
         files: relative to vision_attn/; null takes all blocks.
+        blocks: to try what blocks share on; null takes all.
         path: CSV to write.
     """
     torch.set_num_threads(1)
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    files = files or sorted(f"blocks/{file.name}" for file in (ZOO / "blocks").glob("[!_]*.py"))
+    every = sorted(file.stem for file in (ZOO / "blocks").glob("[!_]*.py"))
+    if unknown := set(blocks or every).difference(every):
+        raise ValueError(f"blocks={blocks}: there is no {', '.join(sorted(unknown))}")
+    files, blocks = files or [f"blocks/{block}.py" for block in every], blocks or every
     rows = []
-    limits = {file: 60 + 3 * time_unbroken(file) for file in files if any(mutants(file))}
+    limits = {file: 60 + 3 * time_unbroken(file, blocks) for file in files if any(mutants(file))}
     for mutant in tqdm([mutant for file in files for mutant in mutants(file)], unit=" mutants", smoothing=0):
-        test = caught_by(mutant, limits[mutant.file])
+        test = caught_by(mutant, blocks, limits[mutant.file])
         row = {"file": mutant.file, "line": mutant.line, "fault": mutant.kind, "before": mutant.before}
         rows.append(row | {"after": mutant.after, "caught by": test or SURVIVED})
         with redirect_stdout(None):  # the path, each time

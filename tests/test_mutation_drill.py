@@ -4,7 +4,8 @@ import csv
 import subprocess
 import sys
 
-from mutation_drill import TESTS, ZOO, Mutant, mutants
+import pytest
+from mutation_drill import TESTS, ZOO, Mutant, drill, mutants
 
 from vision_attn import list_blocks
 from vision_attn.testing import PROPERTIES
@@ -44,6 +45,11 @@ def test_a_drill_lists_which_test_caught_what(tmp_path):
     assert {row["file"] for row in rows} == {"blocks/criss_cross.py"}
     assert {row["caught by"] for row in rows} <= {each.name for each in PROPERTIES}
     assert f"{len(rows)} of {len(rows)} caught, 100.0 %" in done.stdout
+
+
+def test_blocks_to_try_must_exist():
+    with pytest.raises(ValueError, match=r"blocks=\['dense', 'windows'\]: there is no windows"):
+        drill(files=["union.py"], blocks=["dense", "windows"])
 
 
 def test_mutants_name_their_module():
