@@ -116,11 +116,20 @@ def _convert(path: Path, precision: str) -> None:
     graph = onnx.load(path)
     del graph.graph.value_info[:]  # shapes of a traced batch, which the converters would believe
     if precision == "fp16":
-        onnx.save(convert_float_to_float16(graph, keep_io_types=True), path)
+        graph = convert_float_to_float16(graph, keep_io_types=True)
+        _cast_once(graph.graph)
+        onnx.save(graph, path)
     else:
         _own_weights(graph.graph)
         unknown = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # without shapes it can't infer all types
         quantize_dynamic(graph, path, extra_options=unknown)
+
+
+def _cast_once(graph) -> None:
+    """Leave out what makes a value a second time: the converter casts to float32 anew for each node that needs it."""
+    makers = {tuple(node.output): node for node in graph.node}
+    del graph.node[:]
+    graph.node.extend(makers.values())
 
 
 def _own_weights(graph) -> None:

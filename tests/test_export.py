@@ -174,11 +174,12 @@ def test_the_file_names_its_block_and_not_what_it_is_made_of(block):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("make, args", [(resnet, {}), (vit, dict(dynamic_img_size=True))], ids=["resnet", "vit"])
 @pytest.mark.parametrize("precision, opset", [("fp16", 23), ("int8", 20)])
 @every_block
-def test_every_block_in_a_smaller_file(tmp_path, block, precision, opset):
+def test_every_block_in_a_smaller_file(tmp_path, block, precision, opset, make, args):
     """`export_onnx` compares the answers at six sizes."""
-    model = alive(resnet(block)).eval()
+    model = alive(make(block, **args)).eval()
     backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36), precision=precision, opset=opset)
 
 

@@ -174,8 +174,9 @@ class Block(PatternMixer):
         else:
             start = torch.ones(count, 1, first, dtype=torch.bool, device=q.device)
         mask = torch.cat([start.expand(heads, -1, -1, -1), mask], dim=3).flatten(0, 1)
+        mask = mask[None].expand(-1, -1, place.shape[1], -1)  # ONNX wants a row for each query
         options = dict(dropout_p=self.dropout, scale=self.scale)
-        out = flash(tiles(q), keys(k), keys(v), attn_mask=mask[None], **options)
+        out = flash(tiles(q), keys(k), keys(v), attn_mask=mask, **options)
         out = fold.place(rearrange(out, "B (n t) p d -> (B n) t p d", n=heads), grid)
         out = rearrange(out, "(B n) H W d -> B n (H W) d", n=heads)
         if self.causal:
