@@ -174,11 +174,13 @@ class Merged(torch.autograd.Function):
             if folded[0].numel() and folded[1].numel():
                 out, lse = kernel.forward(*folded, _expanded(mask, folded[0]), keys.causal, scale)
                 parts.append((keys, out, lse[..., None]))
-        total = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts]).logsumexp(dim=0)
+        logs = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts])
         merged = q.new_zeros(q.shape, dtype=wide)
-        for keys, out, lse in parts:
-            keys.add_queries(merged, out.mul_((lse - keys.queries(total)).exp()))
-        return merged.to(q.dtype), total
+        for (keys, out, _), share in zip(
+            parts, logs.softmax(dim=0)
+        ):  # large logs round: exp(l_s - l) need not sum to 1
+            keys.add_queries(merged, out.mul_(keys.queries(share)))
+        return merged.to(q.dtype), logs.logsumexp(dim=0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
