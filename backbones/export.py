@@ -40,7 +40,7 @@ def export_onnx(
     Args:
         model: takes images (B, C, H, W), gives one tensor. It is not changed; a float32 copy on the CPU is exported.
         path: of the one file to write; folders are made.
-        image_size: (height, width) to trace at; None: the model's own.
+        image_size: (height, width) to trace at, or at four times as much where that fails; None: the model's own.
         dynamic: whether height and width may vary.
         opset: 18 or later, as far as torch and onnxruntime know it.
         precision: fp32; fp16, with float32 images and answers; int8, the weights of products quantised, and their
@@ -70,11 +70,8 @@ def export_onnx(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         awake, file = _awake(model), Path(folder, "model.onnx")
-        if awake is not None:
-            _write(awake, file, channels, size, dynamic, opset)
-            _compare(awake, file, channels, sizes, "fp32")
-        _write(model, file, channels, size, dynamic, opset)
-        errors = _compare(model, file, channels, sizes, "fp32")
+        for one in (model,) if awake is None else (awake, model):
+            errors = _write_and_compare(one, file, channels, size, sizes, dynamic, opset)
         if precision != "fp32":
             _convert(file, precision)
             errors = _compare(model, file, channels, sizes, precision)
@@ -114,7 +111,6 @@ def _convert(path: Path, precision: str) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     graph = onnx.load(path)
-    del graph.graph.value_info[:]  # shapes of a traced batch, which the converters would believe
     if precision == "fp16":
         graph = convert_float_to_float16(graph, keep_io_types=True)
         _cast_once(graph.graph)
@@ -178,6 +174,18 @@ def _sizes(model: nn.Module, size: tuple[int, int], dynamic: bool) -> list[tuple
     return [(b, *(max(1, n + d) * p for n, d, p in zip(grid, (y, x), patch))) for b, y, x in shifts]
 
 
+def _write_and_compare(model, path, channels, size, sizes, dynamic, opset) -> dict[tuple[int, int, int], float]:
+    """What is one tile at the traced size is one for ever to some graphs: then a larger size is traced."""
+    try:
+        _write(model, path, channels, size, dynamic, opset)
+        return _compare(model, path, channels, sizes, "fp32")
+    except ExportError:
+        if not _varies(model, dynamic):
+            raise
+        _write(model, path, channels, (4 * size[0], 4 * size[1]), dynamic, opset)
+        return _compare(model, path, channels, sizes, "fp32")
+
+
 def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], dynamic: bool, opset: int) -> None:
     import onnx  # of the extra "onnx"
 
@@ -196,9 +204,12 @@ def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], d
         external_data=False,
         verbose=False,
     )
-    (written,) = (entry.version for entry in onnx.load(path).opset_import if entry.domain == "")
+    graph = onnx.load(path)
+    (written,) = (entry.version for entry in graph.opset_import if entry.domain == "")
     if written != opset:
         raise ValueError(f"opset={opset}: torch {torch.__version__} knows no such opset, it wrote {written}")
+    del graph.graph.value_info[:]  # shapes of a traced batch, which onnxruntime and the converters would believe
+    onnx.save(graph, path)
 
 
 def _compare(

@@ -69,6 +69,14 @@ def test_every_block_exports_for_any_size(tmp_path, make, args, block):
     assert_same_answers(model, tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("block", ["adaptive_span", "global_local"])
+def test_one_tile_when_traced_may_be_several(tmp_path, block):
+    """What torch then says of shapes is wrong, and onnxruntime must not believe it."""
+    model = alive(vit(block, dynamic_img_size=True)).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(20, 28))
+    assert_same_answers(model, tmp_path / "m.onnx", [(1, 36, 44), (2, 68, 20)])
+
+
 @pytest.mark.slow
 @every_block
 @pytest.mark.parametrize("gains", ["new", "trained"])
