@@ -175,10 +175,9 @@ class Merged(torch.autograd.Function):
                 out, lse = kernel.forward(*folded, _expanded(mask, folded[0]), keys.causal, scale)
                 parts.append((keys, out, lse[..., None]))
         logs = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts])
+        shares = logs.softmax(dim=0)  # exp(l_s - l) need not sum to 1 where l is large and rounds
         merged = q.new_zeros(q.shape, dtype=wide)
-        for (keys, out, _), share in zip(
-            parts, logs.softmax(dim=0)
-        ):  # large logs round: exp(l_s - l) need not sum to 1
+        for (keys, out, _), share in zip(parts, shares):
             keys.add_queries(merged, out.mul_(keys.queries(share)))
         return merged.to(q.dtype), logs.logsumexp(dim=0)
 
