@@ -69,9 +69,15 @@ def export_onnx(
     sizes = _sizes(model, size, dynamic)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        awake, file = _awake(model), Path(folder, "model.onnx")
-        for one in (model,) if awake is None else (awake, model):
-            errors = _write_and_compare(one, file, channels, size, sizes, dynamic, opset)
+        awake, file = _awake(model, channels, size), Path(folder, "model.onnx")
+        models = [model] if awake is None else [awake, model]
+        try:
+            errors = _write_and_compare(models, file, channels, size, sizes, dynamic, opset)
+        except ExportError:
+            if not _varies(model, dynamic):
+                raise
+            larger = 4 * size[0], 4 * size[1]  # what is one tile at the traced size is one for ever to some graphs
+            errors = _write_and_compare(models, file, channels, larger, sizes, dynamic, opset)
         if precision != "fp32":
             _convert(file, precision)
             errors = _compare(model, file, channels, sizes, precision)
@@ -140,19 +146,33 @@ def _own_weights(graph) -> None:
             seen.add(name)
 
 
-def _awake(model: nn.Module) -> nn.Module | None:
-    """A copy whose all-zero and all-one parameters and statistics are random, as are other gains that are all alike, so
-    that no part is multiplied away; None if there are none."""
+@torch.no_grad()
+def _awake(model: nn.Module, channels: int, size: tuple[int, int]) -> nn.Module | None:
+    """A copy in which no part is multiplied away; None if there is none in ``model``.
+
+    Where features are multiplied by each other answers may run away: then less of it is drawn.
+    """
+    images = 4 * torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(2))
+    most = 100 * max(1.0, float(model(images).abs().max()))
+    for share in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16):
+        awake = _drawn(model, share)
+        if awake is None or awake(images).abs().max() <= most:
+            break
+    return awake
+
+
+def _drawn(model: nn.Module, share: float) -> nn.Module | None:
+    """A copy whose all-zero and all-one parameters and statistics are random, as are other gains that are all alike;
+    None if there are none. A ``share`` of 1 draws from ±(¼ to ¾) for 0, from ½ to 1½ for 1."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.numel() and t.is_floating_point()]
     asleep = [t for t in tensors if t.min() == t.max() and (t.min() in (0, 1) or t.numel() > 1)]
-    with torch.no_grad():
-        for tensor in asleep:
-            alike, draw = tensor.flatten()[0], torch.empty(tensor.shape).uniform_(-0.5, 0.5, generator=generator)
-            if alike == 0:
-                tensor.copy_(draw + 0.25 * draw.sign())  # no zero left
-            else:
-                tensor.copy_(alike.sign() * alike.abs().clamp(min=1) * (1 + draw))  # no variance below 0.5
+    for tensor in asleep:
+        alike, draw = tensor.flatten()[0], torch.empty(tensor.shape).uniform_(-0.5, 0.5, generator=generator)
+        if alike == 0:
+            tensor.copy_(share * (draw + 0.25 * draw.sign()))  # no zero left
+        else:
+            tensor.copy_(alike.sign() * alike.abs().clamp(min=1) * (1 + share * draw))  # no variance below 0.5
     return model if asleep else None
 
 
@@ -174,16 +194,12 @@ def _sizes(model: nn.Module, size: tuple[int, int], dynamic: bool) -> list[tuple
     return [(b, *(max(1, n + d) * p for n, d, p in zip(grid, (y, x), patch))) for b, y, x in shifts]
 
 
-def _write_and_compare(model, path, channels, size, sizes, dynamic, opset) -> dict[tuple[int, int, int], float]:
-    """What is one tile at the traced size is one for ever to some graphs: then a larger size is traced."""
-    try:
+def _write_and_compare(models, path, channels, size, sizes, dynamic, opset) -> dict[tuple[int, int, int], float]:
+    """Of the last model, which stays in the file; the others must pass too."""
+    for model in models:
         _write(model, path, channels, size, dynamic, opset)
-        return _compare(model, path, channels, sizes, "fp32")
-    except ExportError:
-        if not _varies(model, dynamic):
-            raise
-        _write(model, path, channels, (4 * size[0], 4 * size[1]), dynamic, opset)
-        return _compare(model, path, channels, sizes, "fp32")
+        errors = _compare(model, path, channels, sizes, "fp32")
+    return errors
 
 
 def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], dynamic: bool, opset: int) -> None:

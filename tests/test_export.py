@@ -209,6 +209,26 @@ def test_smaller_files_keep_the_answers(tmp_path, precision, share, error, make,
         assert (torch.from_numpy(got) - wanted).abs().max() < error * wanted.abs().max()
 
 
+class Cubes(nn.Module):
+    """Layers that cube features, behind gains of zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gains = nn.Conv2d(3, 5, 3, padding=1), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        x = self.conv(x)
+        for gain in self.gains:
+            x = x + gain * x**3
+        return x
+
+
+def test_gains_for_the_check_let_no_answers_run_away(tmp_path):
+    torch.manual_seed(0)
+    errors = backbones.export_onnx(Cubes().eval(), tmp_path / "m.onnx", image_size=(29, 31))
+    assert all(error < 1e-4 for error in errors.values())
+
+
 # Wrong graphs
 
 
