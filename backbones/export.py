@@ -148,7 +148,7 @@ def _own_weights(graph) -> None:
 
 @torch.no_grad()
 def _awake(model: nn.Module, channels: int, size: tuple[int, int]) -> nn.Module | None:
-    """A copy in which no part is multiplied away; None if there is none in ``model``.
+    """A copy in which no part is multiplied away; None where ``model`` has no such part.
 
     Where features are multiplied by each other answers may run away: then less of it is drawn.
     """
