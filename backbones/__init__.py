@@ -2,9 +2,10 @@
 
 from . import cifar_resnet, attn_resnet, attn_vit  # isort: skip: the stock models come first
 from .export import ExportError, export_onnx
-from .insert import Report, insert, replace
+from .insert import insert
 from .maps import attention_maps, draw_maps
 from .pixel import PixelTransformer, TwoStreamPixelTransformer
+from .replace import Report, replace
 
 __all__ = [
     "ExportError",

@@ -12,8 +12,9 @@ from vision_attn import Gate
 from vision_attn.zoo import block_class
 
 from .cifar_resnet import CIFAR_MEAN, CIFAR_STD
-from .insert import insert, replace
+from .insert import insert
 from .named import register_stock
+from .replace import replace
 
 __all__ = []
 STOCK = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_tiny_patch4_32")

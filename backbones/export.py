@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vision_attn import Gate, Mixer, __version__, check, list_blocks
 
-from .insert import _input_size
+from .hosts import input_size_of
 
 # Of the largest difference, relative to the largest output (at least 0.01: a softmax gives little). Of int8 only that
 # it runs is certain: how much it may differ is a matter of the accuracy it keeps.
@@ -58,7 +58,7 @@ def export_onnx(
     if not isinstance(opset, int) or opset < 18:
         raise ValueError(f"opset={opset!r}: must be an integer ≥ 18")
     check.one_of("precision", precision, tuple(TOLERANCES))
-    channels, *own_size = _input_size(model)
+    channels, *own_size = input_size_of(model)
     size = check.pair("image_size", own_size if image_size is None else image_size)
     path, model = Path(path), copy.deepcopy(model).cpu().float().eval()
     try:
