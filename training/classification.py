@@ -47,8 +47,8 @@ class Classification(Task):
             self.mixup = Mixup(augment.mixup, augment.cutmix, **smoothing)
 
     def data(self, model: nn.Module) -> dict:
-        """mean, std, input_size, interpolation, crop_pct, of the configuration, else of the checkpoint to evaluate, else
-        of the model; class_names."""
+        """mean, std, input_size, interpolation, crop_pct, of the configuration, else of the checkpoint to evaluate,
+        else of the model; class_names."""
         config, in_chans = self.config, self.in_chans
         known = self.saved["data"] if self.saved else resolve_data_config(model=model)
         size = config.data.img_size or config.model.args.get("img_size") or known["input_size"][1:]

@@ -311,6 +311,7 @@ def _parser(description: str, argv: list[str] | None, kind: type) -> tuple[Argum
     parser = ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
     parser.add_class_arguments(kind)
+    parser.set_defaults({"data.name": None})  # of a DataConfig without arguments, which has chosen already
     return parser, _spelled_out(sys.argv[1:] if argv is None else argv, kind)
 
 

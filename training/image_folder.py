@@ -80,13 +80,14 @@ def find_split(root: Path, kind: str, given: str | None = None) -> Path:
     Raises:
         ValueError: if it is not there; says what is wanted.
     """
-    there = {entry.name.lower(): entry.name for entry in _visible(root) if entry.is_dir()}
+    there = [entry.name for entry in _visible(root) if entry.is_dir()]
+    in_capitals = {name.lower(): name for name in there}
     names = (given,) if given else SPLITS[kind]
     for name in names:
-        path = root / (given or there.get(name, name))
+        path = root / (given or in_capitals.get(name, name))
         if path.is_dir():
             return path
-    has = f", it has {_some(there.values())}" if there else ""
+    has = f", it has {_some(there)}" if there else ""
     wanted = f"{root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE"
     itself = root.resolve().name.lower() in sum(SPLITS.values(), ())
     hint = f"; if it is a split itself, give {root.resolve().parent}" if itself else ""
@@ -104,7 +105,7 @@ def read_split(folder: Path) -> Split:
     for entry in _visible(folder):
         if entry.is_dir():
             images[entry.name] = []
-            for path in _files(entry.path):
+            for path in _files(entry.path, (os.path.realpath(folder),)):
                 if _ending(path) in endings():
                     images[entry.name].append(path)
                 else:
@@ -132,8 +133,8 @@ def _visible(folder: str | Path) -> list[os.DirEntry]:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def _files(folder: str, within: tuple[str, ...] = ()) -> Iterator[str]:
-    """The visible files below a folder, at any depth; a link to a folder that it lies within is not followed."""
+def _files(folder: str, within: tuple[str, ...]) -> Iterator[str]:
+    """The visible files below a folder, at any depth; a link to a folder that it lies `within` is not followed."""
     within = (*within, os.path.realpath(folder))
     for entry in _visible(folder):
         if not entry.is_dir():

@@ -77,7 +77,7 @@ def _refuse(error: Exception | str, code: int = 2) -> int:
 
 def _last_line(error: Exception | str) -> str:
     """What is wrong in one line: the last, since a loader process's error holds its whole traceback."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def printable(text: str) -> str:
@@ -128,10 +128,13 @@ class Run:
         )
 
     @torch.no_grad()
-    def try_forward(self, model: nn.Module):
-        """ValueError if the model does not take the images."""
+    def try_forward(self, model: nn.Module, resize: bool = False):
+        """ValueError if the model does not take the images; `resize` first brings what it has learned to their size."""
         images, targets, _ = self.val_batches.blank()
         try:
+            if resize:
+                model.set_input_size(img_size=tuple(images.shape[-2:]))  # timm's, which makes masks on the CPU
+                model.to(images.device)
             self.task.measure(model.eval(), images, targets)
         except (RuntimeError, AssertionError, ValueError) as error:
             size = "×".join(map(str, images.shape[1:]))
@@ -178,11 +181,10 @@ class Evaluation(Run):
             given = f"model.args {config.model.args}"
             raise ValueError(f"{given}: the weights of {config.eval} do not fit: {_last_line(error)}") from error
         self.data = self.task.data(self.model)
-        if self.data["input_size"] != saved["data"]["input_size"] and hasattr(self.model, "set_input_size"):
-            self.model.set_input_size(img_size=tuple(self.data["input_size"][1:]))  # timm's: resizes what is learned
         self.model.to(processes.device, memory_format=self.task.memory_format)
         self.val_batches = self.create_batches(self.task.val_set, self.task.transforms(self.data)[1], self.data)
-        self.try_forward(self.model)
+        other = self.data["input_size"] != saved["data"]["input_size"]
+        self.try_forward(self.model, resize=other and hasattr(self.model, "set_input_size"))
         if config.compile:
             self.model.compile()
 
