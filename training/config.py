@@ -296,8 +296,10 @@ def parse(description: str, argv: list[str] | None = None, kind: type = Config, 
 def file_to_evaluate(description: str, argv: list[str] | None = None, kind: type = Config) -> str | None:
     """What the command line, or a --config FILE in it, gives as eval."""
     parser, words = _parser(description, argv, kind)
-    path = parser.parse_args(words, defaults=False).get("eval")
-    return path and os.path.expanduser(path)
+    given = parser.parse_args(words, defaults=False)
+    if given.get("resume") or given.get("dry_run"):  # beside which parse refuses eval
+        return None
+    return given.get("eval") and os.path.expanduser(given.get("eval"))
 
 
 def source_of(saved: dict) -> dict:
