@@ -16,6 +16,8 @@ from jsonargparse import ArgumentParser
 
 import backbones
 from training import checkpoint
+from training.setup import restore_model
+from training.trained import check_classifier
 
 
 def export(
@@ -53,8 +55,8 @@ def export(
     metadata = {}
     if checkpoint_path is not None:
         saved = checkpoint.load(checkpoint_path)
-        network = timm.create_model(saved["model"], **saved["model_args"] | (model_args or {}))
-        network.load_state_dict(saved["ema"] or saved["state_dict"])
+        check_classifier(checkpoint_path, saved)
+        network = restore_model(checkpoint_path, saved, model_args)
         image_size = image_size or tuple(saved["data"]["input_size"][1:])
         metadata = {key: value for key, value in saved["data"].items() if key != "input_size"}
     else:

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from pictures import make_folder
+from pictures import make_folder, make_shards
 from PIL import Image
 from scripts import PIXELS, load, options
 from timm.data import create_transform
@@ -14,6 +14,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from training import checkpoint
 from training.classification import Classification
+from training.trained import open_trained
 
 TINY = options(model__name="cifar_resnet20", data__img_size=11, batch_size=8, threads=1, epochs=1)
 VIT = options(model__name="vit_tiny_patch4_32_criss_cross", data__img_size=12, batch_size=8, threads=1, epochs=1)
@@ -112,15 +113,24 @@ def test_arguments_of_the_model_win_where_its_weights_fit(vit, capsys):
     loss = evaluated(vit, capsys)[1]
     assert evaluated(vit, capsys, *options(model__args__attn_kwargs='{"scale": 3.0}'))[1] != loss
     line = refused(vit, capsys, *options(model__args__depth=3))
-    assert line.startswith(f"error: model.args {{'depth': 3}}: the weights of {vit} do not fit: ")
+    assert (
+        line.startswith(f"error: the weights of {vit} do not fit vit_tiny_patch4_32_criss_cross {{")
+        and "blocks.2" in line
+    )
 
 
 @pytest.mark.parametrize(
     "given, named",
     [
         (dict(model__name="resnet18"), "model.name is resnet18, but BEST holds cifar_resnet20"),
-        (dict(model__args__num_classes=7), "the weights of BEST do not fit: size mismatch for fc.bias"),
-        (dict(model__args__in_chans=1), "the weights of BEST do not fit: size mismatch for conv1.weight"),
+        (
+            dict(model__args__num_classes=7),
+            "the weights of BEST do not fit cifar_resnet20 {'num_classes': 7, '",
+        ),
+        (
+            dict(model__args__in_chans=1),
+            "the weights of BEST do not fit cifar_resnet20 {'num_classes': 3, '",
+        ),
         (dict(data__num_classes=7), "data.num_classes is 7, but folder has 3 classes"),
         (dict(data__mean=[0.5]), "data.mean must have 3 values, one per channel, got [0.5]"),
         (dict(data__name="digits"), "the checkpoint knows the classes ['ant', 'bee', 'cow'], the data have ['0', '1',"),
@@ -164,11 +174,41 @@ def test_pixel_models_too(photos, resnet, tmp_path, capsys):
         (dict(data__img_size=7), f"data.img_size is 7, but {best} holds a model of 5"),
         (dict(data__name="digits"), f"{best} holds a model of 256 levels, digits has 17"),
         (dict(model__name="pixel_cifar10"), f"model.name is pixel_cifar10, but {best} holds pixel_imagenet32"),
-        (dict(model__args__depth=2), f"the weights of {best} do not fit: "),
+        (dict(model__args__depth=2), f"the weights of {best} do not fit pixel_imagenet32 "),
     ):
         assert named in refused(best, capsys, *options(**given), script="train_pixels")
     assert "holds a model of None levels" in refused(resnet, capsys, script="train_pixels")
     assert f"{best} is not a classifier's checkpoint" in refused(best, capsys)
+
+
+def test_the_other_scripts_refuse_what_they_do_not_use(photos, resnet, tmp_path, capsys):
+    pixels = [*PIXELS, *options(model__name="pixel_imagenet32", data__img_size=5, batch_size=8, epochs=1)]
+    best = trained("train_pixels", tmp_path, *pixels, *options(data__dir=photos))
+    for script, given, named in (
+        ("report", dict(run=tmp_path, dir=photos), f"dir={photos}: a report of a pixel model reads no images"),
+        ("export_onnx", dict(checkpoint=best, path="m.onnx"), f"{best} is not a classifier's checkpoint"),
+        ("export_onnx", dict(checkpoint=resnet, path="m.onnx", pretrained=True), "pretrained is for model"),
+        (
+            "export_onnx",
+            dict(checkpoint=resnet, path="m.onnx", model_args="{num_classes: 7}"),
+            "do not fit cifar_resnet20 {'num_classes': 7, 'in_chans': 3}: size mismatch for fc.bias",
+        ),
+    ):
+        assert load(script).main(options(**given)) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: ") and named in line
+
+
+def test_a_report_about_shards_takes_a_folder(tmp_path, capsys):
+    (tmp_path / "shards").mkdir()
+    make_shards(tmp_path / "shards")
+    data = dict(data__name="wds", data__dir=tmp_path / "shards", data__num_classes=3)
+    best = trained("train_imagenet", tmp_path / "run", *TINY, *options(**data))
+    assert "3 classes; wds" in evaluated(best, capsys)[0]
+    make_folder(tmp_path / "photos", ("2", "0"), ("val",), images=2)
+    assert load("report").main(options(run=tmp_path / "run")) == 2
+    assert "are shards: give a folder of images with dir" in capsys.readouterr().err
+    assert [target for _, target in open_trained(best, str(tmp_path / "photos")).images] == [0, 0, 2, 2]
 
 
 def test_a_run_goes_on_with_the_same_classes_only(photos, tmp_path, capsys):

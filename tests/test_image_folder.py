@@ -1,6 +1,8 @@
 """Folders of images as people have them: nested, hidden, stray, empty, of many formats, and laid out in other ways."""
 
+import io
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -38,6 +40,12 @@ def read(root, **options):
 def put(path, seed=0, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(seed=seed).save(path, **options)
+
+
+def encoded(name, seed=0):
+    file = io.BytesIO()
+    picture(seed=seed).save(file, name)
+    return file.getvalue()
 
 
 def refused(root, **options):
@@ -264,3 +272,23 @@ def test_labels_that_are_numbers_or_missing(labels, kind, tmp_path):
     assert targets == [int(labels[i]) for i in (0, 1, 3)] and all(type(target) is int for target in targets)
     with pytest.raises(ValueError, match="has no label"):
         train[2]
+
+
+def test_shards_hold_what_pillow_reads_and_hidden_files(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name, content in (
+            ("./._0.tif", b"not an image"),
+            ("./0.tif", encoded("TIFF")),
+            ("./0.cls", b"1"),
+            ("./1.BMP", encoded("BMP", seed=1)),
+            ("./1.cls", b"0"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    split = "train-0.tar|2"
+    data = DataConfig("wds", str(tmp_path), train_split=split, val_split=split, num_classes=2)
+    _, val, _ = create_datasets(data)
+    samples = [read() for _, _, read in val]
+    assert [target for _, target in samples] == [1, 0]
+    assert all(np.array_equal(image, picture(seed=seed)) for seed, (image, _) in enumerate(samples))

@@ -23,7 +23,7 @@ from training.estimate import duration, estimate
 from training.folder import Folder
 from training.loader import BadImages, Batches, Samples, StreamSamples
 from training.seeding import seed_all
-from training.setup import create_model, create_state, find_device, first_line
+from training.setup import create_model, create_state, find_device, first_line, restore_model
 from training.shards import Shards
 from training.signals import Stop
 from training.task import Task
@@ -174,12 +174,7 @@ class Evaluation(Run):
         if config.model.name != name:
             raise ValueError(f"model.name is {config.model.name}, but {config.eval} holds {name}")
         self.task = task(config, processes, saved)
-        self.model = create_model(name, self.task.model_args)
-        try:
-            self.model.load_state_dict(saved["ema"] or saved["state_dict"])
-        except RuntimeError as error:
-            given = f"model.args {config.model.args}"
-            raise ValueError(f"{given}: the weights of {config.eval} do not fit: {_last_line(error)}") from error
+        self.model = restore_model(config.eval, saved, self.task.model_args)
         self.data = self.task.data(self.model)
         self.model.to(processes.device, memory_format=self.task.memory_format)
         self.val_batches = self.create_batches(self.task.val_set, self.task.transforms(self.data)[1], self.data)

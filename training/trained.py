@@ -12,7 +12,7 @@ from training import checkpoint
 from training.config import DataConfig, source_of
 from training.datasets import create_datasets
 from training.loader import BadImages, Batches, Samples, as_mode
-from training.setup import create_model
+from training.setup import restore_model
 from training.transforms import eval_transform
 
 
@@ -83,6 +83,4 @@ def open_trained(path: str | Path, dir: str | None = None) -> Trained:
         source = {"name": "folder"}
     source = DataConfig(**source | ({"dir": dir} if dir else {}))
     _, images, classes = create_datasets(source, saved["data"]["input_size"][0], known=known)
-    model = create_model(saved["model"], saved["model_args"])
-    model.load_state_dict(saved["ema"] or saved["state_dict"])
-    return Trained(saved, model.eval(), images, classes)
+    return Trained(saved, restore_model(path, saved).eval(), images, classes)
