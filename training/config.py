@@ -200,7 +200,7 @@ class RunConfig:
         keep: checkpoints to keep, the newest ones; the best is kept beside them.
         tensorboard: also write the log for TensorBoard.
         resume: checkpoint to go on from, or auto: the newest good one in output, none if there is none.
-        eval: checkpoint to evaluate; trains nothing.
+        eval: checkpoint to evaluate, its model on its images where nothing else is given; trains nothing.
         eval_first: evaluate before the first step, too.
         dry_run: print the configuration and what an epoch would take; trains and writes nothing.
     """
