@@ -6,6 +6,7 @@ ending. Symbolic links are followed.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageFile
-from timm.utils import natural_key
 from torch.utils.data import Dataset
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
@@ -66,8 +66,8 @@ def _is_stub(reader: type) -> bool:
 
 
 def order(name: str) -> tuple:
-    """What names are sorted by: 2 comes before 10, and no two names are equal."""
-    return natural_key(name), name
+    """What names are sorted by: 2 comes before 10, and no two names are equal. As timm sorts them, which fails at ²."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
 def find_split(root: Path, kind: str, given: str | None = None) -> Path:
