@@ -34,9 +34,9 @@ def attend_past(
     )  # (B, heads, chunks, CHUNK, ·)
     with outside_autocast(v):
         # the state before a chunk: shifted, for a difference of sums would round by what comes later
-        earlier = F.pad((k.mT @ v_wide).cumsum(dim=2), (0, 0, 0, 0, 1, 0)).narrow(2, 0, q.shape[2])
+        earlier = F.pad((k.transpose(-2, -1) @ v_wide).cumsum(dim=2), (0, 0, 0, 0, 1, 0)).narrow(2, 0, q.shape[2])
         before = before if isinstance(before, float) else before[:, :, None]
-        out = q @ (earlier + before) + (q @ k.mT).tril() @ v_wide
+        out = q @ (earlier + before) + (q @ k.transpose(-2, -1)).tril() @ v_wide
     return out.flatten(2, 3).narrow(2, 0, tokens).to(v.dtype)
 
 
@@ -44,7 +44,7 @@ def state(k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens
     """kᵀ v, all that a query needs to know of the keys and values."""
     wide = at_least_float32(v)
     with outside_autocast(v):
-        return k.to(wide).mT @ v.to(wide)
+        return k.to(wide).transpose(-2, -1) @ v.to(wide)
 
 
 class Recurrence:

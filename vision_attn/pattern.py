@@ -213,7 +213,7 @@ class Row(Directed):
     """Own row, to the left or (not ``past``) on both sides, and itself."""
 
     def allowed(self, qy, qx, ky, kx, grid):
-        return (qy == ky) & ((kx <= qx) | (not self.past))
+        return (qy == ky) & (kx <= qx) if self.past else qy == ky
 
     def key_sets(self):
         return (Rows(causal=self.past),)
@@ -224,7 +224,7 @@ class Column(Directed):
     """Own column, above or (not ``past``) below, and itself."""
 
     def allowed(self, qy, qx, ky, kx, grid):
-        return (qx == kx) & ((ky <= qy) | (not self.past))
+        return (qx == kx) & (ky <= qy) if self.past else qx == kx
 
     def key_sets(self):
         return (Columns(causal=self.past),)
@@ -255,7 +255,8 @@ class Window(Directed):
         down, right = ky - qy, kx - qx
         on_steps = (down % sy == 0) & (right % sx == 0)
         near = (abs(down) <= ry * sy) & (abs(right) <= rx * sx)
-        return on_steps & near & ((down < 0) | ((down == 0) & (right <= 0)) | (not self.past))
+        seen = on_steps & near
+        return seen & ((down < 0) | ((down == 0) & (right <= 0))) if self.past else seen
 
     def key_sets(self):
         return (Neighbours(self.radius, self.dilation, self.past),)

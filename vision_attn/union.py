@@ -16,6 +16,7 @@ from .grid import Grid
 from .key_set import Everything, KeySet
 from .pattern import All, Past, Pattern
 from .precision import at_least_float32, is_slow
+from .traced import fixed
 
 
 def attend(
@@ -46,7 +47,7 @@ def attend(
             return out
         out = out[:, :, prefix:]
     else:
-        shares = pattern.shares(q.shape[1])
+        shares = pattern.shares(fixed(q.shape[1]))
         heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
         outs = [
             _on_grid(*some, grid, part.key_sets(), scale, dropout, bias)
@@ -121,9 +122,9 @@ def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
     q = q * scale
     scores, prefix = [], before[0].shape[2]
     if prefix:
-        scores.append(Everything().place(Everything().queries(q) @ before[0].mT, grid))
+        scores.append(Everything().place(Everything().queries(q) @ before[0].transpose(-2, -1), grid))
     for keys in key_sets:
-        seen = keys.queries(q) @ keys.keys(k).mT
+        seen = keys.queries(q) @ keys.keys(k).transpose(-2, -1)
         mask = _additive(_with_causal(keys, grid, q.device), q.dtype)
         scores.append(keys.place(seen if mask is None else seen + mask, grid, torch.finfo(q.dtype).min))
     weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=at_least_float32(q))

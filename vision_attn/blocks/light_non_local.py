@@ -17,6 +17,7 @@ from torch import nn
 from .. import check
 from ..gate import Gate
 from ..precision import at_least_float32, outside_autocast
+from ..traced import is_traced
 
 
 class Block(Gate):
@@ -56,10 +57,10 @@ class Block(Gate):
         g = some.flatten(2).to(wide)  # (B, C, M)
         phi = g[:, : self.compared]
         with outside_autocast(x):
-            if torch.compiler.is_compiling() or self.linear_is_cheaper(theta.shape[2], g.shape[2]):
-                out = (g @ phi.mT) @ theta
+            if is_traced() or self.linear_is_cheaper(theta.shape[2], g.shape[2]):
+                out = (g @ phi.transpose(-2, -1)) @ theta
             else:
-                out = g @ (phi.mT @ theta)
+                out = g @ (phi.transpose(-2, -1) @ theta)
         most = torch.finfo(x.dtype).max / 16  # float16 ends where the cube of a feature of 40 does
         return (out / theta.shape[2]).clamp(-most, most).to(x.dtype).unflatten(2, x.shape[2:])
 

@@ -105,7 +105,7 @@ class Block(Mixer):
     def exponents(self, x: Float[Tensor, "B heads *tokens d"]) -> Float[Tensor, "B heads *tokens features"]:
         """ω x̂ - ‖x̂‖² / 2, in at least float32."""
         x = x.to(at_least_float32(x)) * self.scale**0.5
-        return x @ self.omega.to(x.dtype).mT - x.square().sum(dim=-1, keepdim=True) / 2
+        return x @ self.omega.to(x.dtype).transpose(-2, -1) - x.square().sum(dim=-1, keepdim=True) / 2
 
     def features_of_queries(self, q):
         """φ up to a factor for each query, which the quotient cancels."""

@@ -153,7 +153,7 @@ class Cycle(nn.Module):
         scores = torch.stack([(q * near).sum(dim=-1, dtype=wide) for near in ring_k], dim=-1)
         seen = torch.stack([near[..., 0] for near in inside], dim=-1) > 0
         own = (q * own_k).sum(dim=-1, keepdim=True, dtype=wide)
-        scores = [scores.masked_fill(~seen, -torch.inf), own, (q @ relay_k.mT).to(wide)]
+        scores = [scores.masked_fill(~seen, -torch.inf), own, (q @ relay_k.transpose(-2, -1)).to(wide)]
         sizes = [len(ring_k), 1, relay.shape[1]]
         weights = (torch.cat(scores, dim=-1) * self.ring.scale).softmax(dim=-1).to(v.dtype)
         to_ring, to_own, to_relay = weights.split(sizes, dim=-1)
