@@ -23,13 +23,15 @@ def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
     return F.pad(x, amounts, value=fill) if is_traced() or any(amounts) else x
 
 
-def unfold(x: Tensor, dim: int, size: int, step: int) -> Tensor:
-    """``x.unfold(dim, size, step)``: a view, but for torch.jit.trace, whose ONNX has none where sizes are free."""
+def overlapping(x: Shaped[Tensor, "b s H W d"], sizes: tuple[int, int], step: int) -> Shaped[Tensor, "b groups keys d"]:
+    """Windows of a map, of ``sizes`` = (height, width) at every ``step``-th position down and right, as groups of keys."""
+    ky, kx = sizes
     if not torch.jit.is_tracing():
-        return x.unfold(dim, size, step)
-    first = torch.arange((x.shape[dim] - size) // step + 1, device=x.device) * step
-    at = first[:, None] + torch.arange(size, device=x.device)
-    return x.index_select(dim, at.flatten()).unflatten(dim, (-1, size)).movedim(dim + 1, -1)
+        return rearrange(x.unfold(2, ky, step).unfold(3, kx, step), "b s y x d ky kx -> b (s y x) (ky kx) d")
+    for dim, size in zip((2, 3), sizes):  # its ONNX unfolds no axis of a free size
+        first = torch.arange((x.shape[dim] - size) // step + 1, device=x.device) * step
+        x = x.index_select(dim, (first[:, None] + torch.arange(size, device=x.device)).flatten())
+    return rearrange(x, "b s (y ky) (x kx) d -> b (s y x) (ky kx) d", ky=ky, kx=kx)
 
 
 def rows_and_columns(place: Int[Tensor, "..."], width) -> tuple[Int[Tensor, "..."], Int[Tensor, "..."]]:
@@ -312,8 +314,7 @@ class Neighbours(KeySet):
         (ry, rx), p = self.radius, self.tile
         below = 0 if self.past else ry
         x = F.pad(self.padded(x), (0, 0, rx, rx, ry, below))
-        x = unfold(unfold(x, 2, p + ry + below, p), 3, p + 2 * rx, p)  # b s y x d ky kx
-        return rearrange(x, "b s y x d ky kx -> b (s y x) (ky kx) d")
+        return overlapping(x, (p + ry + below, p + 2 * rx), p)
 
     def place(self, y, grid, fill=0.0):
         n = self.sizes(*grid)

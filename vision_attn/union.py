@@ -100,9 +100,9 @@ def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
         seen, causal = _with_causal(keys, grid, q.device), False
         seen = None if seen is None else F.pad(seen, (prefix, 0), value=True)
         k, v = (torch.cat([p.expand(-1, t.shape[1], -1, -1), t], dim=2) for p, t in zip(before, (k, v)))
+        bias = None if bias is None else F.pad(bias, (prefix, 0))
     mask = _additive(seen, q.dtype)
     if bias is not None:
-        bias = F.pad(bias, (prefix, 0))
         mask = bias if mask is None else bias + mask
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)

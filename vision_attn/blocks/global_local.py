@@ -121,10 +121,11 @@ class Block(Mixer):
         """Scores of the pixels near each, in the order of its tile's keys, (B, heads, N, keys)."""
         maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height) for t in (q, k)]
         queries, keys = self.near.queries(maps[0]), self.near.keys(maps[1])
-        scores = (queries @ keys.transpose(-2, -1)).unflatten(0, q.shape[:2]) + self.pixel_labels(q)[:, None]
+        scores = rearrange(queries @ keys.transpose(-2, -1), "(B n) t q k -> B n t q k", n=self.num_heads)
+        scores = scores + self.pixel_labels(q)[:, None]
         seen = self.near.mask(grid, q.device)
         scores = (scores * self.scale).masked_fill(~seen, torch.finfo(q.dtype).min)
-        return self.near.place(scores.flatten(0, 1), grid).flatten(1, 2).unflatten(0, q.shape[:2])
+        return rearrange(self.near.place(scores.flatten(0, 1), grid), "(B n) H W k -> B n (H W) k", n=self.num_heads)
 
     def pixel_labels(self, q):
         """Labels of each query of a tile and each key of the tile and its rim, (heads, queries, keys)."""
@@ -140,7 +141,7 @@ class Block(Mixer):
     def near_values(self, weights, v, grid):
         maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height) for t in (weights, v)]
         out = self.near.queries(maps[0]) @ self.near.keys(maps[1])
-        return self.near.place(out, grid).flatten(1, 2).unflatten(0, v.shape[:2])
+        return rearrange(self.near.place(out, grid), "(B n) H W d -> B n (H W) d", n=self.num_heads)
 
     def weights(self, q, k, grid):
         prefix, (height, width), (down, right) = grid.prefix_of(q.shape[2]), grid, self.windows
