@@ -86,7 +86,8 @@ class Block(Mixer):
     def spans(self) -> Float[Tensor, "heads"]:
         """z of each head, in pixels: what the paper's penalty is on."""
         reach = self.reach.to(at_least_float32(self.reach))
-        return self.span * Held.apply(reach)
+        # torch.jit.trace takes no function with a gradient of its own: there, none passes beyond
+        return self.span * (reach.clamp(0, 1) if torch.jit.is_tracing() else Held.apply(reach))
 
     @property
     def pattern(self) -> Window:
