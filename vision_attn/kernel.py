@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .precision import at_least_float32, outside_autocast
+from .traced import fixed
 
 CHUNK = 64  # positions whose past within the chunk is masked one by one
 
@@ -44,7 +45,7 @@ def attend_past(
 def state(k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens d"]) -> Float[Tensor, "B heads m d"]:
     """kᵀ v, all that a query needs to know of the keys and values."""
     wide = at_least_float32(v)
-    if k.shape[2] == 0:  # onnxruntime leaves a product over nothing as the memory was
+    if fixed(k.shape[2]) == 0:  # onnxruntime leaves a product over nothing as the memory was
         return k.new_zeros((k.shape[0], k.shape[1], k.shape[3], v.shape[3]), dtype=wide)
     with outside_autocast(v):
         return k.to(wide).transpose(-2, -1) @ v.to(wide)

@@ -12,6 +12,7 @@ from . import check
 from .cache import PatternCache, RemixedPast
 from .grid import Grid
 from .pattern import BlindSpot, Pattern, blind_spot
+from .traced import fixed
 from .union import attend
 
 
@@ -119,9 +120,12 @@ class Mixer(nn.Module):
 
     def heads(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of ``x``, each (B, heads, tokens, d)."""
-        if x.ndim != 3 or x.shape[-1] != self.dim:
+        if x.ndim != 3 or fixed(x.shape[-1]) != self.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, dim={self.dim})")
-        Grid.of(grid).prefix_of(x.shape[1])
+        grid = Grid.of(grid)
+        prefix = grid.prefix_of(x.shape[1])
+        if torch.jit.is_tracing():  # the graph holds for this number of prefix tokens: others are an error where it runs
+            x = x.reshape(x.shape[0], prefix + grid.size, self.dim)
         parts = self.qkv(x).split(self.widths, dim=-1)
         q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in parts)
         return self.q_norm(q), self.k_norm(k), v

@@ -3,6 +3,8 @@
 What Python computes with them must stay in the graph, or it would hold for the traced size alone.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -23,5 +25,8 @@ def largest(least: int, size):
 
 
 def fixed(size) -> int:
-    """A size that is the same for every input, as a number."""
-    return size.item() if isinstance(size, Tensor) else size
+    """A size that is the same for every input of a graph, as a number."""
+    if not isinstance(size, Tensor):
+        return size
+    with warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning):  # it is meant
+        return int(size)

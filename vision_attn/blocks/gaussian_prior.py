@@ -76,7 +76,7 @@ class Block(Mixer):
         )
         for place, log_sigma, a in zip(places, (self.log_sigma_r, self.log_sigma_c), (self.a_r, self.a_c)):
             narrow = (-2 * log_sigma.to(dtype)).exp()[:, None]  # 1 / σ²
-            key = place.flatten().expand(len(narrow), -1)
+            key = place.flatten().expand(self.num_heads, -1)
             query = key + a.to(dtype)[:, None]
             of_q.append(query * narrow)
             of_k.append(key)

@@ -83,12 +83,12 @@ class Block(Mixer):
         known = torch.cat([k, v], dim=-1)
         # global tokens read
         means_q, means = share @ q[:, :, prefix:], share @ known[:, :, prefix:]
-        labels = [of[:, *self.offsets(q.device)] for of in of_windows]  # (heads, G, G), from row to column
+        labels = [of[:, *self.offsets(q.device)] for of in of_windows.unbind()]  # (heads, G, G), from row to column
         empty = torch.zeros_like(size, dtype=wide).masked_fill(size == 0, torch.finfo(wide).min)
         to_global = means_q @ forms[0] @ means[..., : k.shape[-1]].transpose(-2, -1) + labels[0]
         to_local = means_q @ forms[1] @ k.transpose(-2, -1) + F.pad(labels[1].index_select(2, owner), (prefix, 0))
         scores = torch.cat([to_global * self.scale + empty, to_local * self.scale], dim=-1)
-        to_global, to_local = scores.softmax(dim=-1).split([len(size), q.shape[2]], dim=-1)
+        to_global, to_local = scores.softmax(dim=-1).split([size.shape[0], q.shape[2]], dim=-1)
         read = to_global @ means + to_local @ known
         read_k, read_v = read.split([k.shape[-1], v.shape[-1]], dim=-1)
         # pixels look

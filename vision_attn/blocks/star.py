@@ -23,6 +23,7 @@ from .. import check
 from ..grid import Grid
 from ..mixer import Mixer
 from ..precision import at_least_float32
+from ..traced import fixed
 
 
 class Block(Mixer):
@@ -73,7 +74,7 @@ class Block(Mixer):
 
     def parts(self, x, grid):
         """The grid, the relay tokens (B, R, dim) and the pixels (B, N, dim)."""
-        if x.ndim != 3 or x.shape[-1] != self.dim:
+        if x.ndim != 3 or fixed(x.shape[-1]) != self.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, dim={self.dim})")
         grid = Grid.of(grid)
         prefix = grid.prefix_of(x.shape[1])
@@ -81,7 +82,7 @@ class Block(Mixer):
         return grid, relay if prefix else pixels.mean(dim=1, keepdim=True), pixels
 
     def output(self, relay, pixels, x):
-        if x.shape[1] > pixels.shape[1]:
+        if fixed(x.shape[1] - pixels.shape[1]):
             pixels = torch.cat([relay, pixels], dim=1)
         return self.proj_drop(pixels)
 
