@@ -23,7 +23,7 @@ from torch import nn
 from .. import check
 from ..average import StepAverage
 from ..gate import Gate
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, weight_of
 
 
 class Block(Gate):
@@ -72,7 +72,7 @@ class Block(Gate):
     def gate(self, x):
         # not in autocast: the redrawn image is nearly constant at first, and the norm would magnify half's rounding
         with outside_autocast(x):
-            return self.redraw(x.to(self.after.weight.dtype)).to(x.dtype)
+            return self.redraw(x.to(weight_of(self.after).dtype)).to(x.dtype)
 
     def redraw(self, x):
         features = self.before(x.permute(0, 2, 3, 1))  # (B, H, W, C)

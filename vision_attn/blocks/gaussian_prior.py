@@ -26,7 +26,7 @@ from ..cache import PatternCache
 from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import All, Past
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, weight_of
 from ..union import attend
 
 
@@ -102,7 +102,7 @@ class Block(Mixer):
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.causal:
             return super().new_cache(batch, grid)
-        grid, weight = Grid.of(grid), self.qkv.weight
+        grid, weight = Grid.of(grid), weight_of(self.qkv)
         wide = torch.promote_types(dtype or weight.dtype, torch.float32)
         dims = (self.key_dim // self.num_heads + 4, self.dim // self.num_heads)
         factory = dict(device=device or weight.device, dtype=wide)

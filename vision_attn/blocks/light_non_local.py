@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import check
 from ..gate import Gate
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, weight_of
 from ..traced import is_traced
 
 
@@ -45,7 +45,7 @@ class Block(Gate):
         self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
 
     def gate(self, x):
-        far = self.far(x).to(self.near.weight.dtype)
+        far = self.far(x).to(weight_of(self.near).dtype)
         with outside_autocast(x):  # in float16 the cube of a feature would soon be infinite
             return x + self.norm(self.near(far)).to(x.dtype)
 
