@@ -1,0 +1,64 @@
+"""Torch's older exporter to ONNX (``dynamo=False``), which detectors use: its graphs are right at any size."""
+
+import io
+
+import onnxruntime
+import pytest
+import torch
+from traced import OTHERS, TRACED, OnTokens, every_case, inputs, mixers, often
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch would rather have its newer one used
+    pytest.mark.filterwarnings("error::torch.jit.TracerWarning"),  # what depends on a number of the input is not traced
+]
+
+
+def export(module, args, opset=17, free=True):
+    """onnxruntime's run of the graph."""
+    file, names = io.BytesIO(), ["prefix", "x"][-len(args) :]
+    axes = {"prefix": {0: "batch"}, "x": {0: "batch", 2: "height", 3: "width"}}
+    options = dict(dynamic_axes={name: axes[name] for name in names}) if free else {}
+    torch.onnx.export(module, args, file, dynamo=False, opset_version=opset, input_names=names, **options)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # what the exporter says of shapes holds for the traced ones
+    session = onnxruntime.InferenceSession(file.getvalue(), settings, providers=["CPUExecutionProvider"])
+    return lambda *args: torch.from_numpy(session.run(None, dict(zip(names, (t.numpy() for t in args))))[0])
+
+
+def assert_same_answers(run, module, case, sizes, prefix=None):
+    for size in sizes:
+        args = inputs(case, size, prefix)
+        torch.testing.assert_close(run(*args), module(*args), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", every_case())
+def test_a_layer_for_any_size(case):
+    layer = case.layer().float()
+    sizes = [TRACED, *OTHERS]
+    assert_same_answers(export(layer, inputs(case, TRACED)), layer, case, sizes)
+
+
+@pytest.mark.parametrize("case", often(every_case()))
+def test_a_layer_for_one_size(case):
+    layer = case.layer().float()
+    run = export(layer, inputs(case, TRACED), free=False)
+    assert_same_answers(run, layer, case, [TRACED])
+    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+        run(*inputs(case, OTHERS[0]))
+
+
+@pytest.mark.parametrize("case", often(mixers(every_case())))
+def test_a_mixer_with_prefix_tokens(case):
+    module = OnTokens(case.block().float())
+    run = export(module, inputs(case, TRACED, prefix=5))
+    assert_same_answers(run, module, case, [TRACED, *OTHERS], prefix=5)
+    with pytest.raises(Exception, match="ONNXRuntimeError"):
+        run(*inputs(case, TRACED, prefix=2))
+
+
+@pytest.mark.parametrize("opset", [14, 18, 20])
+@pytest.mark.parametrize("case", often(every_case()))
+def test_other_opsets(case, opset):
+    layer = case.layer().float()
+    run = export(layer, inputs(case, TRACED), opset)
+    assert_same_answers(run, layer, case, [TRACED, OTHERS[0]])
