@@ -56,7 +56,7 @@ def test_a_mixer_with_prefix_tokens(case):
         run(*inputs(case, TRACED, prefix=2))
 
 
-@pytest.mark.parametrize("opset", [14, 18, 20])
+@pytest.mark.parametrize("opset", [pytest.param(14, marks=pytest.mark.slow), 20])
 @pytest.mark.parametrize("case", often(every_case()))
 def test_other_opsets(case, opset):
     layer = case.layer().float()

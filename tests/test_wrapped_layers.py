@@ -38,7 +38,7 @@ class Hidden(nn.Module):
 
 
 def wrapped_and_merged(module: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A copy with low-rank updates beside its linear layers and its convolutions hidden, and one with changed weights."""
+    """A copy with low-rank updates beside linear layers, and hidden convolutions; and one with changed weights."""
     wrapped, merged = copy.deepcopy(module), copy.deepcopy(module)
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear):

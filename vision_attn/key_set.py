@@ -24,7 +24,7 @@ def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
 
 
 def overlapping(x: Shaped[Tensor, "b s H W d"], sizes: tuple[int, int], step: int) -> Shaped[Tensor, "b groups keys d"]:
-    """Windows of a map, of ``sizes`` = (height, width) at every ``step``-th position down and right, as groups of keys."""
+    """Windows of ``sizes`` = (height, width), one at every ``step``-th position down and right, as groups of keys."""
     ky, kx = sizes
     if not torch.jit.is_tracing():
         return rearrange(x.unfold(2, ky, step).unfold(3, kx, step), "b s y x d ky kx -> b (s y x) (ky kx) d")
@@ -128,7 +128,7 @@ class Only(KeySet):
         y, x = (torch.arange(1, n + 1, device=device) for n in grid)
         places = y[None, :, None, None].expand(1, *grid, 1), x[None, None, :, None].expand(1, *grid, 1)
         qy, qx = (self.whole.queries(place)[0] - 1 for place in places)  # (groups, queries, 1)
-        ky, kx = (self.whole.keys(place)[0].transpose(-2, -1) - 1 for place in places)  # (groups, 1, keys); padding is -1
+        ky, kx = (self.whole.keys(place)[0].transpose(1, 2) - 1 for place in places)  # (groups, 1, keys); padding: -1
         there = ky >= 0
         seen = there & self.pattern.allowed(qy, qx, ky, kx, grid)
         seen = seen if self.allow else there & ~seen

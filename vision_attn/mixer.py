@@ -125,7 +125,7 @@ class Mixer(nn.Module):
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, dim={self.dim})")
         grid = Grid.of(grid)
         prefix = grid.prefix_of(x.shape[1])
-        if torch.jit.is_tracing():  # the graph holds for this number of prefix tokens: others are an error where it runs
+        if torch.jit.is_tracing():  # for this number of prefix tokens: others are an error where the graph runs
             x = x.reshape(x.shape[0], prefix + grid.size, self.dim)
         q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in self.projected(x))
         return self.q_norm(q), self.k_norm(k), v

@@ -86,7 +86,8 @@ class Block(Gate):
     def fit(self, x):
         """Responsibilities (B, N, K) and bases (B, C, K) of the features (B, N, C) after all iterations."""
         wide = at_least_float32(x)
-        with_one = F.pad(x, (0, 1), value=1.0).transpose(-2, -1).to(wide)  # (B, C + 1, N): sums of z come out of the same product
+        # (B, C + 1, N): sums of z come out of the same product
+        with_one = F.pad(x, (0, 1), value=1.0).transpose(1, 2).to(wide)
         mu = self.bases.value.to(x.dtype).expand(x.shape[0], -1, -1)
         for _ in range(self.iterations):
             z = (x @ (mu / self.temperature)).softmax(dim=-1, dtype=wide)
