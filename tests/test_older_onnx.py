@@ -7,6 +7,8 @@ import pytest
 import torch
 from traced import OTHERS, TRACED, OnTokens, every_case, inputs, mixers, often
 
+from vision_attn.layout import OnMap
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch would rather have its newer one used
     pytest.mark.filterwarnings("error::torch.jit.TracerWarning"),  # what depends on a number of the input is not traced
@@ -36,6 +38,23 @@ def test_a_layer_for_any_size(case):
     layer = case.layer().float()
     sizes = [TRACED, *OTHERS]
     assert_same_answers(export(layer, inputs(case, TRACED)), layer, case, sizes)
+
+
+SEVEN = dict(dim=35, num_heads=7, key_dim=35)
+
+
+def shared_unevenly():
+    """Blocks whose patterns have shares of seven heads that differ."""
+    for param in mixers(every_case()):
+        block = param.values[0].new(**SEVEN, device="meta")
+        if hasattr(block, "pattern") and len(set(block.pattern.shares(7))) > 1:
+            yield param
+
+
+@pytest.mark.parametrize("case", shared_unevenly())
+def test_heads_that_patterns_share_unevenly(case):
+    layer, x = OnMap(case.new(**SEVEN), init_gain=0.7).eval(), torch.randn(2, 35, 7, 11)
+    torch.testing.assert_close(export(layer, (x,), free=False)(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", often(every_case()))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .grid import Grid
 from .key_set import Columns, Everything, KeySet, Neighbours, Only, Rows, SeenByAll, SeesAll, Tiles
+from .traced import fixed
 
 
 class BlindSpot(UserWarning):
@@ -47,7 +48,7 @@ class Pattern:
 
     def shares(self, heads: int) -> list[int]:
         """How many of the heads each pattern of `by_head` has."""
-        n = len(self.by_head())
+        n, heads = len(self.by_head()), fixed(heads)
         ends = [-(-heads * i // n) for i in range(n + 1)]
         return [last - first for first, last in zip(ends, ends[1:])]
 

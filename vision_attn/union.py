@@ -47,7 +47,7 @@ def attend(
             return out
         out = out[:, :, prefix:]
     else:
-        shares = pattern.shares(fixed(q.shape[1]))
+        shares = pattern.shares(q.shape[1])
         heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
         outs = [
             _on_grid(*some, grid, part.key_sets(), scale, dropout, bias)
