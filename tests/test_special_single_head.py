@@ -20,14 +20,14 @@ def trained(block):
 @pytest.mark.parametrize("causal", [False, True])
 def test_it_is_the_formula_of_the_paper_pixel_by_pixel(causal):
     block = trained(create_block("single_head", DIM, boom=3, causal=causal))
-    gated, x = block.qkv, torch.randn(GRID.size, DIM, dtype=torch.float64)
+    gates, x = block.gates, torch.randn(GRID.size, DIM, dtype=torch.float64)
 
     def norm(layer, z):
         return (z - z.mean()) / (z.var(unbiased=False) + layer.eps).sqrt() * layer.weight + layer.bias
 
-    f, c = (gated.over.weight @ gated.v_gate.sigmoid() + gated.over.bias).view(2, DIM)
-    q = [gated.q_gate.sigmoid() * norm(gated.norm, gated.weight @ p + gated.bias) for p in x]
-    k, v = x * gated.k_gate.sigmoid(), x * f.sigmoid() * torch.tanh(c)
+    f, c = (gates.over.weight @ gates.v_gate.sigmoid() + gates.over.bias).view(2, DIM)
+    q = [gates.q_gate.sigmoid() * norm(gates.norm, block.qkv.weight @ p + block.qkv.bias) for p in x]
+    k, v = x * gates.k_gate.sigmoid(), x * f.sigmoid() * torch.tanh(c)
     out = block(x[None], GRID)[0]
     for i in range(0, GRID.size, 5):
         seen = i + 1 if causal else GRID.size
@@ -43,14 +43,14 @@ def test_with_gates_that_are_open_it_is_torchs_attention():
     theirs = nn.MultiheadAttention(DIM, 1, batch_first=True, dtype=torch.float64)
     eye = torch.eye(DIM, dtype=torch.float64)
     with torch.no_grad():
-        for gate in (block.qkv.q_gate, block.qkv.k_gate):
+        for gate in (block.gates.q_gate, block.gates.k_gate):
             gate.fill_(torch.inf)
-        block.qkv.over.weight.zero_(), block.qkv.over.bias.fill_(torch.inf)
+        block.gates.over.weight.zero_(), block.gates.over.bias.fill_(torch.inf)
         block.proj.weight.zero_(), block.proj.bias.zero_()  # the Boom layer is silent
         theirs.in_proj_weight.copy_(eye.repeat(3, 1)), theirs.in_proj_bias.zero_()
         theirs.out_proj.weight.copy_(eye), theirs.out_proj.bias.zero_()
     x = torch.randn(2, 5 + GRID.size, DIM, dtype=torch.float64)
-    wanted, _ = theirs(block.qkv.norm(F.linear(x, block.qkv.weight, block.qkv.bias)), x, x)
+    wanted, _ = theirs(block.gates.norm(F.linear(x, block.qkv.weight, block.qkv.bias)), x, x)
     torch.testing.assert_close(block(x, GRID), wanted, rtol=1e-9, atol=1e-11)
 
 
@@ -70,7 +70,7 @@ def test_only_queries_have_a_matrix():
 def test_gates_start_half_open_and_learn():
     block = create_block("single_head", DIM)
     block(torch.randn(2, GRID.size, DIM), GRID).square().sum().backward()
-    for gate in (block.qkv.q_gate, block.qkv.k_gate, block.qkv.v_gate):
+    for gate in (block.gates.q_gate, block.gates.k_gate, block.gates.v_gate):
         assert (gate == 0).all() and gate.grad.abs().max() > 0
 
 
@@ -85,3 +85,12 @@ def test_heads_can_be_given():
 def test_the_number_of_chunks_is_checked(boom):
     with pytest.raises(ValueError, match=f"boom={boom}"):
         create_block("single_head", DIM, boom=boom)
+
+
+def test_weights_from_when_the_gates_were_a_part_of_qkv_load_strictly():
+    block, other = trained(create_block("single_head", DIM)), create_block("single_head", DIM).double()
+    state = {name.replace("gates.", "qkv."): value for name, value in block.state_dict().items()}
+    host = nn.ModuleDict({"attn": other})
+    host.load_state_dict({f"attn.{name}": value for name, value in state.items()})
+    x = torch.randn(2, GRID.size, DIM, dtype=torch.float64)
+    assert torch.equal(other(x, GRID), block(x, GRID))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cache import FullPast
 from .precision import at_least_float32, outside_autocast
+from .traced import is_traced
 
 ROWS = 128  # of a chunk of scores
 
@@ -26,9 +27,8 @@ def in_chunks(
     ``run`` must hold the tensors that it uses, not look them up in a module, whose parameters may have been swapped
     back by the time of the backward. A traced graph, whose sizes are free, has one chunk with everything.
     """
-    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
     rows = torch.arange(q.shape[2], device=q.device)
-    if traced or q.shape[2] <= size:
+    if is_traced() or q.shape[2] <= size:
         return run(q, rows)
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # which checkpointing does not know
     if torch.is_grad_enabled() and not transformed:
@@ -56,7 +56,7 @@ def attend(
 def _rows(q, k, v, rows, weights_of, scale):
     """The output of some rows."""
     wide = at_least_float32(v)
-    weights = weights_of(scale * (q.to(wide) @ k.to(wide).mT), rows)
+    weights = weights_of(scale * (q.to(wide) @ k.to(wide).transpose(-2, -1)), rows)
     return (weights @ v.to(wide)).to(v.dtype)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .grid import Grid
 from .key_set import Everything, KeySet
 from .precision import at_least_float32
+from .traced import is_traced
 
 aten = torch.ops.aten
 
@@ -123,7 +124,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | type[Cuda] | None
 
     None where there is none, in traced graphs, and under torch.func, whose tensors have no memory of their own.
     """
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+    if is_traced():
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None

@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import check
+from .traced import fixed
 
 
 class Gate(nn.Module):
@@ -46,7 +47,7 @@ class Gate(nn.Module):
 
     def checked(self, x: Tensor) -> Tensor:
         """``x`` if it is a map of this block's channels, ValueError otherwise."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
+        if x.ndim != 4 or fixed(x.shape[1]) != self.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, C={self.dim}, H, W)")
         return x
 

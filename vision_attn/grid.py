@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from .traced import fixed
+
 
 class Grid(NamedTuple):
     """``height × width`` positions in row-major (raster) order; either may be symbolic while a graph is traced.
@@ -26,9 +28,9 @@ class Grid(NamedTuple):
 
     def prefix_of(self, tokens: int) -> int:
         """Number P of prefix tokens in a sequence of ``tokens`` = P + H·W; ValueError if the grid does not fit."""
-        if self.height < 1 or self.width < 1:
+        if fixed(self.height) < 1 or fixed(self.width) < 1:
             raise ValueError(f"grid={self.height}×{self.width}: height and width must be ≥ 1")
-        prefix = tokens - self.size
+        prefix = fixed(tokens - self.size)
         if prefix < 0:
             raise ValueError(
                 f"grid={self.height}×{self.width} has {self.size} positions, but there are only {tokens} tokens; "

@@ -5,10 +5,12 @@ Sums over positions are taken in at least float32, under autocast too.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from .precision import at_least_float32, outside_autocast
+from .traced import fixed
 
 CHUNK = 64  # positions whose past within the chunk is masked one by one
 
@@ -30,21 +32,23 @@ def attend_past(
     """Σ_{j ≤ i} (q_i · k_j) v_j + q_i ``before``: chunk by chunk, from the state before each and a mask within."""
     wide, tokens = at_least_float32(v), q.shape[2]
     q, k, v_wide = (
-        F.pad(t.to(wide), (0, 0, 0, -tokens % CHUNK)).unflatten(2, (-1, CHUNK)) for t in (q, k, v)
+        rearrange(F.pad(t.to(wide), (0, 0, 0, -tokens % CHUNK)), "B n (c t) d -> B n c t d", t=CHUNK) for t in (q, k, v)
     )  # (B, heads, chunks, CHUNK, ·)
     with outside_autocast(v):
         # the state before a chunk: shifted, for a difference of sums would round by what comes later
-        earlier = F.pad((k.mT @ v_wide).cumsum(dim=2), (0, 0, 0, 0, 1, 0)).narrow(2, 0, q.shape[2])
+        earlier = F.pad((k.transpose(-2, -1) @ v_wide).cumsum(dim=2), (0, 0, 0, 0, 1, 0)).narrow(2, 0, q.shape[2])
         before = before if isinstance(before, float) else before[:, :, None]
-        out = q @ (earlier + before) + (q @ k.mT).tril() @ v_wide
+        out = q @ (earlier + before) + (q @ k.transpose(-2, -1)).tril() @ v_wide
     return out.flatten(2, 3).narrow(2, 0, tokens).to(v.dtype)
 
 
 def state(k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens d"]) -> Float[Tensor, "B heads m d"]:
     """kᵀ v, all that a query needs to know of the keys and values."""
     wide = at_least_float32(v)
+    if fixed(k.shape[2]) == 0:  # onnxruntime leaves a product over nothing as the memory was
+        return k.new_zeros((k.shape[0], k.shape[1], k.shape[3], v.shape[3]), dtype=wide)
     with outside_autocast(v):
-        return k.to(wide).mT @ v.to(wide)
+        return k.to(wide).transpose(-2, -1) @ v.to(wide)
 
 
 class Recurrence:

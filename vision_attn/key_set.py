@@ -15,11 +15,23 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .grid import Grid
+from .traced import is_traced, least
 
 
 def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
     """`torch.nn.functional.pad`, but a view where there is nothing to pad (and the size is not traced)."""
-    return F.pad(x, amounts, value=fill) if torch.compiler.is_compiling() or any(amounts) else x
+    return F.pad(x, amounts, value=fill) if is_traced() or any(amounts) else x
+
+
+def overlapping(x: Shaped[Tensor, "b s H W d"], sizes: tuple[int, int], step: int) -> Shaped[Tensor, "b groups keys d"]:
+    """Windows of ``sizes`` = (height, width), one at every ``step``-th position down and right, as groups of keys."""
+    ky, kx = sizes
+    if not torch.jit.is_tracing():
+        return rearrange(x.unfold(2, ky, step).unfold(3, kx, step), "b s y x d ky kx -> b (s y x) (ky kx) d")
+    for dim, size in zip((2, 3), sizes):  # its ONNX unfolds no axis of a free size
+        first = torch.arange((x.shape[dim] - size) // step + 1, device=x.device) * step
+        x = x.index_select(dim, (first[:, None] + torch.arange(size, device=x.device)).flatten())
+    return rearrange(x, "b s (y ky) (x kx) d -> b (s y x) (ky kx) d", ky=ky, kx=kx)
 
 
 def rows_and_columns(place: Int[Tensor, "..."], width) -> tuple[Int[Tensor, "..."], Int[Tensor, "..."]]:
@@ -116,8 +128,10 @@ class Only(KeySet):
         y, x = (torch.arange(1, n + 1, device=device) for n in grid)
         places = y[None, :, None, None].expand(1, *grid, 1), x[None, None, :, None].expand(1, *grid, 1)
         qy, qx = (self.whole.queries(place)[0] - 1 for place in places)  # (groups, queries, 1)
-        ky, kx = (self.whole.keys(place)[0].mT - 1 for place in places)  # (groups, 1, keys); padding is -1
-        seen = (ky >= 0) & (self.pattern.allowed(qy, qx, ky, kx, grid) == self.allow)
+        ky, kx = (self.whole.keys(place)[0].transpose(1, 2) - 1 for place in places)  # (groups, 1, keys); padding: -1
+        there = ky >= 0
+        seen = there & self.pattern.allowed(qy, qx, ky, kx, grid)
+        seen = seen if self.allow else there & ~seen
         if self.whole.causal:
             seen = seen & torch.ones(seen.shape[1:], dtype=torch.bool, device=device).tril()
         whole = self.whole.mask(grid, device)
@@ -300,8 +314,7 @@ class Neighbours(KeySet):
         (ry, rx), p = self.radius, self.tile
         below = 0 if self.past else ry
         x = F.pad(self.padded(x), (0, 0, rx, rx, ry, below))
-        x = x.unfold(2, p + ry + below, p).unfold(3, p + 2 * rx, p)  # b s y x d ky kx
-        return rearrange(x, "b s y x d ky kx -> b (s y x) (ky kx) d")
+        return overlapping(x, (p + ry + below, p + 2 * rx), p)
 
     def place(self, y, grid, fill=0.0):
         n = self.sizes(*grid)
@@ -339,7 +352,7 @@ class SeenByAll(KeySet):
     tokens: int
 
     def first(self, x):
-        return Everything().queries(x).narrow(2, 0, torch.sym_min(self.tokens, x.shape[1] * x.shape[2]))
+        return Everything().queries(x).narrow(2, 0, least(self.tokens, x.shape[1] * x.shape[2]))
 
     def queries(self, x):
         return Everything().queries(x)

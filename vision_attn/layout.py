@@ -14,6 +14,7 @@ from . import check
 from .gate import Gate
 from .grid import Grid
 from .mixer import Mixer
+from .traced import fixed
 
 
 class Residual(nn.Module):
@@ -48,7 +49,7 @@ class OnMap(Residual):
     """
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        if x.ndim != 4 or x.shape[1] != self.block.dim:
+        if x.ndim != 4 or fixed(x.shape[1]) != self.block.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, C={self.block.dim}, H, W)")
         for _ in range(self.block.recurrence):
             if isinstance(self.block, Gate):
@@ -67,7 +68,7 @@ class OnTokens(Residual):
     """A block on tokens (B, P + H·W, C). A gate sees the patch tokens as a map and leaves prefix tokens alone."""
 
     def forward(self, x: Float[Tensor, "B tokens C"], grid: Grid) -> Float[Tensor, "B tokens C"]:
-        if x.ndim != 3 or x.shape[2] != self.block.dim:
+        if x.ndim != 3 or fixed(x.shape[2]) != self.block.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, C={self.block.dim})")
         grid = Grid.of(grid)
         if isinstance(self.block, Mixer):

@@ -12,6 +12,8 @@ from . import check
 from .cache import PatternCache, RemixedPast
 from .grid import Grid
 from .pattern import BlindSpot, Pattern, blind_spot
+from .precision import weight_of
+from .traced import fixed
 from .union import attend
 
 
@@ -119,12 +121,18 @@ class Mixer(nn.Module):
 
     def heads(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of ``x``, each (B, heads, tokens, d)."""
-        if x.ndim != 3 or x.shape[-1] != self.dim:
+        if x.ndim != 3 or fixed(x.shape[-1]) != self.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, dim={self.dim})")
-        Grid.of(grid).prefix_of(x.shape[1])
-        parts = self.qkv(x).split(self.widths, dim=-1)
-        q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in parts)
+        grid = Grid.of(grid)
+        prefix = grid.prefix_of(x.shape[1])
+        if torch.jit.is_tracing():  # for this number of prefix tokens: others are an error where the graph runs
+            x = x.reshape(x.shape[0], prefix + grid.size, self.dim)
+        q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in self.projected(x))
         return self.q_norm(q), self.k_norm(k), v
+
+    def projected(self, x: Float[Tensor, "B tokens dim"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of ``x``, those of all heads side by side, each (B, tokens, channels)."""
+        return self.qkv(x).split(self.widths, dim=-1)
 
     def attention(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> Float[Tensor, "B heads tokens tokens"]:
         """The weights for an input: what attends to what. Cost N²: for looking, not for training."""
@@ -143,7 +151,7 @@ class Mixer(nn.Module):
         if not self.causal:
             raise ValueError("causal=False: pixel by pixel only a causal block can go on")
         widths = [width // self.num_heads for width in self.widths]
-        weight = self.qkv.weight
+        weight = weight_of(self.qkv)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         return RemixedPast(self.mix, batch, self.num_heads, Grid.of(grid), widths, **factory)
 
@@ -204,7 +212,7 @@ class PatternMixer(Mixer):
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.pattern.causal:
             return super().new_cache(batch, grid)
-        weight = self.qkv.weight
+        weight = weight_of(self.qkv)
         dims = (self.key_dim // self.num_heads, self.dim // self.num_heads)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         return PatternCache(self.pattern, batch, self.num_heads, Grid.of(grid), dims, self.scale, full, **factory)

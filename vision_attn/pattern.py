@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .grid import Grid
 from .key_set import Columns, Everything, KeySet, Neighbours, Only, Rows, SeenByAll, SeesAll, Tiles
+from .traced import fixed
 
 
 class BlindSpot(UserWarning):
@@ -47,7 +48,7 @@ class Pattern:
 
     def shares(self, heads: int) -> list[int]:
         """How many of the heads each pattern of `by_head` has."""
-        n = len(self.by_head())
+        n, heads = len(self.by_head()), fixed(heads)
         ends = [-(-heads * i // n) for i in range(n + 1)]
         return [last - first for first, last in zip(ends, ends[1:])]
 
@@ -213,7 +214,7 @@ class Row(Directed):
     """Own row, to the left or (not ``past``) on both sides, and itself."""
 
     def allowed(self, qy, qx, ky, kx, grid):
-        return (qy == ky) & ((kx <= qx) | (not self.past))
+        return (qy == ky) & (kx <= qx) if self.past else qy == ky
 
     def key_sets(self):
         return (Rows(causal=self.past),)
@@ -224,7 +225,7 @@ class Column(Directed):
     """Own column, above or (not ``past``) below, and itself."""
 
     def allowed(self, qy, qx, ky, kx, grid):
-        return (qx == kx) & ((ky <= qy) | (not self.past))
+        return (qx == kx) & (ky <= qy) if self.past else qx == kx
 
     def key_sets(self):
         return (Columns(causal=self.past),)
@@ -255,7 +256,8 @@ class Window(Directed):
         down, right = ky - qy, kx - qx
         on_steps = (down % sy == 0) & (right % sx == 0)
         near = (abs(down) <= ry * sy) & (abs(right) <= rx * sx)
-        return on_steps & near & ((down < 0) | ((down == 0) & (right <= 0)) | (not self.past))
+        seen = on_steps & near
+        return seen & ((down < 0) | ((down == 0) & (right <= 0))) if self.past else seen
 
     def key_sets(self):
         return (Neighbours(self.radius, self.dilation, self.past),)

@@ -3,12 +3,20 @@
 import contextlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def at_least_float32(x: Tensor) -> torch.dtype:
     """The type of ``x``, or float32 if that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A parameter that tells a module's type and device. Of one without any, as a quantised layer: an empty tensor.
+
+    A layer may have been wrapped (LoRA) or exchanged, so it need not have a ``weight`` of its own.
+    """
+    return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
 
 
 def is_slow(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from .key_set import Everything, KeySet, Tiles, pad, rows_and_columns
 from .mixer import Mixer, warn_of_blind_spot
 from .pattern import Directed, complete
 from .precision import at_least_float32
+from .traced import is_traced
 from .union import attend
 
 TILE = Tiles((8, 8))  # of queries that share their keys
@@ -94,7 +95,7 @@ def sums(x, side):
     """Sums over the cells of a map (b, H, W, d), in at least float32."""
     height, width = x.shape[1:3]
     down, right = count(height, side), count(width, side)
-    if torch.compiler.is_compiling():
+    if is_traced():
         p = q = side
     else:  # a cell larger than the image is the image
         p, q = min(side, height), min(side, width)
@@ -105,7 +106,7 @@ def sums(x, side):
 
 def count(length, side: int):
     """Cells along an axis. Traced: one more, empty, for a graph holds a single one to be a case of its own."""
-    return (length + side - 1) // side + torch.compiler.is_compiling()
+    return (length + side - 1) // side + int(torch.compiler.is_compiling())
 
 
 @dataclass(frozen=True)

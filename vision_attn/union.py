@@ -16,6 +16,7 @@ from .grid import Grid
 from .key_set import Everything, KeySet
 from .pattern import All, Past, Pattern
 from .precision import at_least_float32, is_slow
+from .traced import fixed
 
 
 def attend(
@@ -50,8 +51,8 @@ def attend(
         heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
         outs = [
             _on_grid(*some, grid, part.key_sets(), scale, dropout, bias)
-            for part, some in zip(pattern.by_head(), heads_of)
-            if some[0].shape[1]
+            for part, share, some in zip(pattern.by_head(), shares, heads_of)
+            if share
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
     if prefix == 0:
@@ -71,7 +72,7 @@ def flash(
     It does so for narrower keys, whose products would cost more if they were widened.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
-    width, wider = v.shape[-1], q.shape[-1] - v.shape[-1]
+    width, wider = v.shape[-1], fixed(q.shape[-1] - v.shape[-1])
     v = F.pad(v, (0, wider)) if wider > 0 else v
     return F.scaled_dot_product_attention(q, k, v, **options)[..., :width]
 
@@ -94,14 +95,14 @@ def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
 
 def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
     q, k, v = keys.queries(q), keys.keys(k), keys.keys(v)
-    seen, causal, prefix = keys.mask(grid, q.device), keys.causal, before[0].shape[2]
+    seen, causal, prefix = keys.mask(grid, q.device), keys.causal, fixed(before[0].shape[2])
     if prefix:
         seen, causal = _with_causal(keys, grid, q.device), False
         seen = None if seen is None else F.pad(seen, (prefix, 0), value=True)
         k, v = (torch.cat([p.expand(-1, t.shape[1], -1, -1), t], dim=2) for p, t in zip(before, (k, v)))
+        bias = None if bias is None else F.pad(bias, (prefix, 0))
     mask = _additive(seen, q.dtype)
     if bias is not None:
-        bias = F.pad(bias, (prefix, 0))
         mask = bias if mask is None else bias + mask
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
@@ -119,11 +120,11 @@ def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
     if q.dtype == torch.float16:  # whose range scores may leave
         q, k, before = q.float(), k.float(), [before[0].float(), before[1]]
     q = q * scale
-    scores, prefix = [], before[0].shape[2]
+    scores, prefix = [], fixed(before[0].shape[2])
     if prefix:
-        scores.append(Everything().place(Everything().queries(q) @ before[0].mT, grid))
+        scores.append(Everything().place(Everything().queries(q) @ before[0].transpose(-2, -1), grid))
     for keys in key_sets:
-        seen = keys.queries(q) @ keys.keys(k).mT
+        seen = keys.queries(q) @ keys.keys(k).transpose(-2, -1)
         mask = _additive(_with_causal(keys, grid, q.device), q.dtype)
         scores.append(keys.place(seen if mask is None else seen + mask, grid, torch.finfo(q.dtype).min))
     weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=at_least_float32(q))

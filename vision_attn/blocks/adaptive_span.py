@@ -35,7 +35,7 @@ from ..cache import Store
 from ..grid import Grid
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Past, Window
-from ..precision import at_least_float32
+from ..precision import at_least_float32, weight_of
 from ..union import attend
 
 
@@ -86,7 +86,8 @@ class Block(Mixer):
     def spans(self) -> Float[Tensor, "heads"]:
         """z of each head, in pixels: what the paper's penalty is on."""
         reach = self.reach.to(at_least_float32(self.reach))
-        return self.span * Held.apply(reach)
+        # torch.jit.trace takes no function with a gradient of its own: there, none passes beyond
+        return self.span * (reach.clamp(0, 1) if torch.jit.is_tracing() else Held.apply(reach))
 
     @property
     def pattern(self) -> Window:
@@ -134,7 +135,7 @@ class Block(Mixer):
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if full or not self.causal:
             return super().new_cache(batch, grid, device=device, dtype=dtype)
-        weight, dims = self.qkv.weight, (self.key_dim // self.num_heads, self.dim // self.num_heads)
+        weight, dims = weight_of(self.qkv), (self.key_dim // self.num_heads, self.dim // self.num_heads)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         (keys,) = self.window.key_sets()
         return Near(self, Store(keys, Grid.of(grid), batch, self.num_heads, dims=dims, **factory))

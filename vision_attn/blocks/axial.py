@@ -65,7 +65,7 @@ class Along(PatternMixer):
         )
         table = self.resized(length).to(q.dtype)  # (2, 2L - 1, d)
         place = torch.arange(length, device=q.device)
-        from_q, from_k = table[:, place[None, :] - place[:, None] + length - 1]  # each (L, L, d)
+        from_q, from_k = table[:, place[None, :] - place[:, None] + length - 1].unbind()  # each (L, L, d)
         return torch.einsum("bgid,ijd->bgij", q, from_q) + torch.einsum("bgjd,ijd->bgij", k, from_k)
 
     def resized(self, length):

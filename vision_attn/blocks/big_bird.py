@@ -41,6 +41,7 @@ from ..key_set import Everything, Only, Tiles, rows_and_columns
 from ..mixer import PatternMixer, warn_of_blind_spot
 from ..pattern import Directed, Global, Past, PerHead
 from ..precision import is_slow
+from ..traced import least
 from ..union import flash
 
 ROWS = 256  # tiles with draws of their own
@@ -149,7 +150,7 @@ class Block(PatternMixer):
         if is_slow(v):
             return self.mix(q.float(), k.float(), v.float(), grid).half()
         heads, prefix, fold = q.shape[1], grid.prefix_of(q.shape[2]), Tiles((self.side, self.side))
-        first = prefix + torch.sym_min(self.tokens, grid.size)  # tokens that all see
+        first = prefix + least(self.tokens, grid.size)  # tokens that all see
         seen, place = self.seen(grid), fold.numbers(grid, q.device)[0]  # (heads, tiles, m), (tiles, side²)
         count = place.shape[0]
 

@@ -23,7 +23,7 @@ from torch import nn
 from .. import check
 from ..average import StepAverage
 from ..gate import Gate
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, weight_of
 
 
 class Block(Gate):
@@ -72,13 +72,13 @@ class Block(Gate):
     def gate(self, x):
         # not in autocast: the redrawn image is nearly constant at first, and the norm would magnify half's rounding
         with outside_autocast(x):
-            return self.redraw(x.to(self.after.weight.dtype)).to(x.dtype)
+            return self.redraw(x.to(weight_of(self.after).dtype)).to(x.dtype)
 
     def redraw(self, x):
         features = self.before(x.permute(0, 2, 3, 1))  # (B, H, W, C)
         with torch.set_grad_enabled(self.through and torch.is_grad_enabled()):
             z, mu = self.fit(features.flatten(1, 2))
-            redrawn = (z.to(mu.dtype) @ mu.mT).unflatten(1, features.shape[1:3])
+            redrawn = (z.to(mu.dtype) @ mu.transpose(-2, -1)).unflatten(1, features.shape[1:3])
         self.bases.note(mu.to(at_least_float32(mu)).mean(dim=0))
         redrawn = redrawn.to(x.dtype).relu().permute(0, 3, 1, 2)
         return x + self.norm(self.after(redrawn))
@@ -86,7 +86,8 @@ class Block(Gate):
     def fit(self, x):
         """Responsibilities (B, N, K) and bases (B, C, K) of the features (B, N, C) after all iterations."""
         wide = at_least_float32(x)
-        with_one = F.pad(x, (0, 1), value=1.0).mT.to(wide)  # (B, C + 1, N): sums of z come out of the same product
+        # (B, C + 1, N): sums of z come out of the same product
+        with_one = F.pad(x, (0, 1), value=1.0).transpose(1, 2).to(wide)
         mu = self.bases.value.to(x.dtype).expand(x.shape[0], -1, -1)
         for _ in range(self.iterations):
             z = (x @ (mu / self.temperature)).softmax(dim=-1, dtype=wide)

@@ -21,7 +21,7 @@ from .. import check
 from ..kernel import Recurrence, attend, attend_past, state
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import at_least_float32
+from ..precision import at_least_float32, weight_of
 
 
 def unit(x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
@@ -77,7 +77,7 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that fast attention knows of the past")
-        weight, channels = self.qkv.weight, (self.key_dim // self.num_heads, self.dim // self.num_heads)
+        weight, channels = weight_of(self.qkv), (self.key_dim // self.num_heads, self.dim // self.num_heads)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         return State(self.mean, batch, self.num_heads, *channels, **factory)
 

@@ -37,6 +37,7 @@ from .. import check
 from ..key_set import Everything, KeySet, Rows, add_at, pad
 from ..mixer import PatternMixer
 from ..pattern import Directed, PerHead, Row
+from ..traced import largest, least
 
 NEAR = 8  # rows within which summaries are masked one by one
 
@@ -85,11 +86,11 @@ class Columns(KeySet):
 
     def first(self, width):
         """The first of the columns. A narrow grid has one block, and of a grid narrower than ``c`` all is summary."""
-        return max(0, width - self.c * (self.block % max(1, width // self.c) + 1))
+        return largest(0, width - self.c * (self.block % largest(1, width // self.c) + 1))
 
     def count(self, width):
         """How many they are: ``c``, or all of a narrower grid."""
-        return min(self.c, width)
+        return least(self.c, width)
 
     def summary(self, x):
         """The columns themselves, (b, H, c, d)."""
@@ -134,7 +135,7 @@ class SummaryInRow(BesideSummary):
         x = torch.arange(grid.width, device=device)
         seen = self.is_summary(x, grid.width)[None].expand(grid.width, -1)
         seen = seen.tril() if self.past else seen
-        return (seen | torch.eye(grid.width, dtype=torch.bool, device=device))[None]
+        return (seen | (x[:, None] == x))[None]
 
     def kept(self, grid):
         return 1, 0, grid.width

@@ -26,7 +26,7 @@ from ..cache import PatternCache
 from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import All, Past
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, weight_of
 from ..union import attend
 
 
@@ -76,7 +76,7 @@ class Block(Mixer):
         )
         for place, log_sigma, a in zip(places, (self.log_sigma_r, self.log_sigma_c), (self.a_r, self.a_c)):
             narrow = (-2 * log_sigma.to(dtype)).exp()[:, None]  # 1 / σ²
-            key = place.flatten().expand(len(narrow), -1)
+            key = place.flatten().expand(self.num_heads, -1)
             query = key + a.to(dtype)[:, None]
             of_q.append(query * narrow)
             of_k.append(key)
@@ -102,7 +102,7 @@ class Block(Mixer):
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.causal:
             return super().new_cache(batch, grid)
-        grid, weight = Grid.of(grid), self.qkv.weight
+        grid, weight = Grid.of(grid), weight_of(self.qkv)
         wide = torch.promote_types(dtype or weight.dtype, torch.float32)
         dims = (self.key_dim // self.num_heads + 4, self.dim // self.num_heads)
         factory = dict(device=device or weight.device, dtype=wide)

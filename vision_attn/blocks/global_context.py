@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import check
 from ..gate import Gate
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, weight_of
 
 
 class Block(Gate):
@@ -81,7 +81,7 @@ class Block(Gate):
         batch, _, height, width = x.shape
         if self.key is None:
             return x.new_ones(batch, height, width, dtype=at_least_float32(x)) / (height * width)
-        scores = self.key(x.permute(0, 2, 3, 1).to(self.key.weight.dtype)).flatten(1)
+        scores = self.key(x.permute(0, 2, 3, 1).to(weight_of(self.key).dtype)).flatten(1)
         return scores.softmax(dim=1, dtype=at_least_float32(x)).reshape(batch, height, width)
 
     def reference(self, x):

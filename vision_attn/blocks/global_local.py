@@ -79,22 +79,22 @@ class Block(Mixer):
         prefix, wide = grid.prefix_of(q.shape[2]), v.dtype
         forms, of_windows = self.forms.to(wide), self.of_windows.to(wide)
         owner, size = self.owners(grid, q.device)
-        share = F.one_hot(owner, size.shape[0]).to(wide).mT / size.clamp(min=1)[:, None]  # (G, N)
+        share = F.one_hot(owner, size.shape[0]).to(wide).transpose(-2, -1) / size.clamp(min=1)[:, None]  # (G, N)
         known = torch.cat([k, v], dim=-1)
         # global tokens read
         means_q, means = share @ q[:, :, prefix:], share @ known[:, :, prefix:]
-        labels = [of[:, *self.offsets(q.device)] for of in of_windows]  # (heads, G, G), from row to column
+        labels = [of[:, *self.offsets(q.device)] for of in of_windows.unbind()]  # (heads, G, G), from row to column
         empty = torch.zeros_like(size, dtype=wide).masked_fill(size == 0, torch.finfo(wide).min)
-        to_global = means_q @ forms[0] @ means[..., : k.shape[-1]].mT + labels[0]
-        to_local = means_q @ forms[1] @ k.mT + F.pad(labels[1].index_select(2, owner), (prefix, 0))
+        to_global = means_q @ forms[0] @ means[..., : k.shape[-1]].transpose(-2, -1) + labels[0]
+        to_local = means_q @ forms[1] @ k.transpose(-2, -1) + F.pad(labels[1].index_select(2, owner), (prefix, 0))
         scores = torch.cat([to_global * self.scale + empty, to_local * self.scale], dim=-1)
-        to_global, to_local = scores.softmax(dim=-1).split([len(size), q.shape[2]], dim=-1)
+        to_global, to_local = scores.softmax(dim=-1).split([size.shape[0], q.shape[2]], dim=-1)
         read = to_global @ means + to_local @ known
         read_k, read_v = read.split([k.shape[-1], v.shape[-1]], dim=-1)
         # pixels look
         pixels = q[:, :, prefix:]
-        to_global = pixels @ forms[2] @ read_k.mT + labels[2].index_select(1, owner)
-        scores = [to_global * self.scale + empty, self.scale * (pixels @ k[:, :, :prefix].mT)]
+        to_global = pixels @ forms[2] @ read_k.transpose(-2, -1) + labels[2].index_select(1, owner)
+        scores = [to_global * self.scale + empty, self.scale * (pixels @ k[:, :, :prefix].transpose(-2, -1))]
         scores.append(self.near_scores(pixels, k[:, :, prefix:], grid))
         sizes = [score.shape[-1] for score in scores]
         to_global, to_prefix, to_near = torch.cat(scores, dim=-1).softmax(dim=-1).split(sizes, dim=-1)
@@ -121,10 +121,11 @@ class Block(Mixer):
         """Scores of the pixels near each, in the order of its tile's keys, (B, heads, N, keys)."""
         maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height) for t in (q, k)]
         queries, keys = self.near.queries(maps[0]), self.near.keys(maps[1])
-        scores = (queries @ keys.mT).unflatten(0, q.shape[:2]) + self.pixel_labels(q)[:, None]
+        scores = rearrange(queries @ keys.transpose(-2, -1), "(B n) t q k -> B n t q k", n=self.num_heads)
+        scores = scores + self.pixel_labels(q)[:, None]
         seen = self.near.mask(grid, q.device)
         scores = (scores * self.scale).masked_fill(~seen, torch.finfo(q.dtype).min)
-        return self.near.place(scores.flatten(0, 1), grid).flatten(1, 2).unflatten(0, q.shape[:2])
+        return rearrange(self.near.place(scores.flatten(0, 1), grid), "(B n) H W k -> B n (H W) k", n=self.num_heads)
 
     def pixel_labels(self, q):
         """Labels of each query of a tile and each key of the tile and its rim, (heads, queries, keys)."""
@@ -140,7 +141,7 @@ class Block(Mixer):
     def near_values(self, weights, v, grid):
         maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height) for t in (weights, v)]
         out = self.near.queries(maps[0]) @ self.near.keys(maps[1])
-        return self.near.place(out, grid).flatten(1, 2).unflatten(0, v.shape[:2])
+        return rearrange(self.near.place(out, grid), "(B n) H W d -> B n (H W) d", n=self.num_heads)
 
     def weights(self, q, k, grid):
         prefix, (height, width), (down, right) = grid.prefix_of(q.shape[2]), grid, self.windows

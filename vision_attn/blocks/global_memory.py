@@ -69,7 +69,7 @@ class Block(Mixer):
         nn.init.normal_(self.memory)
 
     def mix(self, q, k, v, grid):
-        queries, keys = (t.to(q.dtype).expand(q.shape[0], -1, -1, -1) for t in self.memory)
+        queries, keys = (t.to(q.dtype).expand(q.shape[0], -1, -1, -1) for t in self.memory.unbind())
         known = F.scaled_dot_product_attention(queries, k, torch.cat([k, v], dim=-1), scale=self.scale)
         read_keys, read_values = known.split([k.shape[-1], v.shape[-1]], dim=-1)
         # memory goes before the prefix tokens, which all see

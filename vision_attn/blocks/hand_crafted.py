@@ -147,8 +147,11 @@ class Block(Mixer):
         }
         shares = image.split(self.pattern.shares(v.shape[1]), dim=1)
         out = torch.cat([take[name](share) for name, share in zip(self.names, shares)], dim=1)
+        out = out.flatten(2, 3)
+        if prefix == 0:
+            return out
         seen = first if self.causal else v
-        return torch.cat([seen.mean(dim=2, keepdim=True).expand(first.shape), out.flatten(2, 3)], dim=2)
+        return torch.cat([seen.mean(dim=2, keepdim=True).expand(first.shape), out], dim=2)
 
     def weights(self, q, k, grid):
         prefix = grid.prefix_of(q.shape[2])

@@ -16,7 +16,8 @@ from torch import nn
 
 from .. import check
 from ..gate import Gate
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, weight_of
+from ..traced import is_traced
 
 
 class Block(Gate):
@@ -44,7 +45,7 @@ class Block(Gate):
         self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
 
     def gate(self, x):
-        far = self.far(x).to(self.near.weight.dtype)
+        far = self.far(x).to(weight_of(self.near).dtype)
         with outside_autocast(x):  # in float16 the cube of a feature would soon be infinite
             return x + self.norm(self.near(far)).to(x.dtype)
 
@@ -56,10 +57,10 @@ class Block(Gate):
         g = some.flatten(2).to(wide)  # (B, C, M)
         phi = g[:, : self.compared]
         with outside_autocast(x):
-            if torch.compiler.is_compiling() or self.linear_is_cheaper(theta.shape[2], g.shape[2]):
-                out = (g @ phi.mT) @ theta
+            if is_traced() or self.linear_is_cheaper(theta.shape[2], g.shape[2]):
+                out = (g @ phi.transpose(-2, -1)) @ theta
             else:
-                out = g @ (phi.mT @ theta)
+                out = g @ (phi.transpose(-2, -1) @ theta)
         most = torch.finfo(x.dtype).max / 16  # float16 ends where the cube of a feature of 40 does
         return (out / theta.shape[2]).clamp(-most, most).to(x.dtype).unflatten(2, x.shape[2:])
 

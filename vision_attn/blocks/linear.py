@@ -15,7 +15,7 @@ import torch
 from .. import check
 from ..kernel import Recurrence, attend, attend_past, normalised, state, with_ones
 from ..mixer import Mixer
-from ..precision import at_least_float32
+from ..precision import at_least_float32, weight_of
 
 
 def features(x):
@@ -74,6 +74,6 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that linear attention knows of the past")
-        weight, channels = self.qkv.weight, (self.key_dim // self.num_heads, self.dim // self.num_heads + 1)
+        weight, channels = weight_of(self.qkv), (self.key_dim // self.num_heads, self.dim // self.num_heads + 1)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         return Recurrence(features_of_queries, features, batch, self.num_heads, *channels, **factory)

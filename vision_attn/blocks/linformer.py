@@ -95,9 +95,9 @@ class Block(Mixer):
         """Of keys and of values along an axis, each (heads or 1, rank, axis length)."""
         length, rank, table = grid[axis], self.rank[axis], (self.rows, self.columns)[axis]
         if table is None:
-            return spread(rank, length, device=device, dtype=dtype).expand(2, 1, rank, length)
+            return spread(rank, length, device=device, dtype=dtype).expand(2, 1, rank, length).unbind()
         resized = table.to(dtype) @ spread(self.length[axis], length, device=device, dtype=dtype)
-        return resized.expand(2, -1, -1, -1)
+        return resized.expand(2, -1, -1, -1).unbind()
 
     def weights(self, q, k, grid):
         prefix = grid.prefix_of(q.shape[2])

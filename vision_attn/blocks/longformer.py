@@ -37,6 +37,7 @@ from .. import check
 from ..grid import Grid
 from ..mixer import PatternMixer, softmax_over
 from ..pattern import Global, Past, PerHead, Window
+from ..traced import least
 
 
 class Block(PatternMixer):
@@ -101,7 +102,7 @@ class Block(PatternMixer):
     def of_global(self, x, grid):
         """What the global tokens take, by their own projections, (B, heads, P + tokens, d)."""
         prefix = grid.prefix_of(x.shape[1])
-        count = prefix + torch.sym_min(self.tokens, grid.size)
+        count = prefix + least(self.tokens, grid.size)
         x = x.narrow(1, 0, count) if self.causal else x
         q, k, v = self.global_heads(x)
         mask = self.past(prefix, count, x.device) if self.causal else None

@@ -25,7 +25,7 @@ from .. import check
 from ..kernel import Recurrence, normalised, state, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, weight_of
 
 
 class Block(Mixer):
@@ -104,7 +104,7 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that low-rank attention knows of the past")
-        weight, channels = self.qkv.weight, (1, self.dim // self.num_heads + 1)
+        weight, channels = weight_of(self.qkv), (1, self.dim // self.num_heads + 1)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         return Recurrence(one_feature, self.feature_of_keys, batch, self.num_heads, *channels, **factory)
 

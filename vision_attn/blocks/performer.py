@@ -29,7 +29,7 @@ from .. import check
 from ..kernel import Recurrence, attend, attend_past, normalised, state, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, weight_of
 
 
 class Block(Mixer):
@@ -105,7 +105,7 @@ class Block(Mixer):
     def exponents(self, x: Float[Tensor, "B heads *tokens d"]) -> Float[Tensor, "B heads *tokens features"]:
         """ω x̂ - ‖x̂‖² / 2, in at least float32."""
         x = x.to(at_least_float32(x)) * self.scale**0.5
-        return x @ self.omega.to(x.dtype).mT - x.square().sum(dim=-1, keepdim=True) / 2
+        return x @ self.omega.to(x.dtype).transpose(-2, -1) - x.square().sum(dim=-1, keepdim=True) / 2
 
     def features_of_queries(self, q):
         """φ up to a factor for each query, which the quotient cancels."""
@@ -137,7 +137,7 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that a Performer knows of the past")
-        weight, channels = self.qkv.weight, (len(self.omega), self.dim // self.num_heads + 1)
+        weight, channels = weight_of(self.qkv), (len(self.omega), self.dim // self.num_heads + 1)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         return Recurrence(self.features_of_queries, self.features_of_keys, batch, self.num_heads, *channels, **factory)
 

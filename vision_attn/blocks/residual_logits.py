@@ -29,6 +29,7 @@ from ..cache import PatternCache
 from ..grid import Grid
 from ..mixer import PatternMixer, Sequence
 from ..pattern import All, Past
+from ..precision import weight_of
 
 
 class Block(Sequence):
@@ -122,7 +123,7 @@ class JoinedPast:
     def __init__(self, chain, batch: int, grid: Grid, full: bool, device=None, dtype=None):
         self.layers = []
         for number, layer in enumerate(chain, start=1):
-            weight, heads = layer.qkv.weight, layer.num_heads
+            weight, heads = weight_of(layer.qkv), layer.num_heads
             dims = number * layer.key_dim // heads, layer.dim // heads
             factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
             self.layers.append(LayerPast(layer.pattern, batch, heads, grid, dims, layer.scale, full, **factory))

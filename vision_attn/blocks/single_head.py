@@ -66,9 +66,14 @@ class Block(PatternMixer):
         num_heads = 1 if num_heads is None else num_heads
         options = dict(qkv_bias=qkv_bias, proj_bias=proj_bias, **dd, **mixer)
         super().__init__(Past() if causal else All(), dim, num_heads, **options)
-        self.qkv = Gated(dim, self.key_dim, qkv_bias, **dd)
+        self.qkv = nn.Linear(dim, self.key_dim if self.key_dim == dim else 2 * self.key_dim, bias=qkv_bias, **dd)
+        self.gates = Gates(dim, self.key_dim, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
-        self.proj = Boom(dim, boom, proj_bias, **dd)
+        self.proj = nn.Linear(dim, boom * dim, bias=proj_bias, **dd)  # of the Boom layer
+        self.register_load_state_dict_pre_hook(move_gates)
+
+    def projected(self, x):
+        return self.gates(x, self.qkv(x))
 
     def forward(self, x, grid):
         q, k, v = self.heads(x, grid)
@@ -80,41 +85,39 @@ class Block(PatternMixer):
 
     def output(self, x: Float[Tensor, "*B dim"], attended: Float[Tensor, "*B dim"]) -> Float[Tensor, "*B dim"]:
         """What the two steps add to ``x``."""
-        return self.proj_drop(attended + self.proj(self.norm(x + attended)))
+        return self.proj_drop(attended + self.boom(self.norm(x + attended)))
+
+    def boom(self, z: Float[Tensor, "*B dim"]) -> Float[Tensor, "*B dim"]:
+        """A feed-forward layer without the second matrix: the wide activations are summed, chunk by chunk."""
+        return F.gelu(self.proj(z)).unflatten(-1, (-1, self.dim)).sum(dim=-2)
 
 
-class Gated(nn.Linear):
-    """Queries, keys and values side by side, each channel behind a learned gate; the matrix is that of queries."""
+class Gates(nn.Module):
+    """Queries, keys and values, each channel behind a learned gate."""
 
-    def __init__(self, dim: int, key_dim: int, bias: bool, device=None, dtype=None):
+    def __init__(self, dim: int, key_dim: int, device=None, dtype=None):
+        super().__init__()
         dd = dict(device=device, dtype=dtype)
-        super().__init__(dim, key_dim if key_dim == dim else 2 * key_dim, bias=bias, **dd)
+        self.keys_projected = key_dim != dim
+        self.q_gate, self.k_gate, self.v_gate = (nn.Parameter(torch.empty(n, **dd)) for n in (key_dim, key_dim, dim))
         self.norm = nn.LayerNorm(key_dim, **dd)
         self.over = nn.Linear(dim, 2 * dim, **dd)
-        self.q_gate, self.k_gate, self.v_gate = (nn.Parameter(torch.zeros(n, **dd)) for n in (key_dim, key_dim, dim))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the matrix anew, and opens the gates half."""
-        super().reset_parameters()
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("_gate"):
-                nn.init.zeros_(parameter)
+        """Opens the gates half."""
+        for gate in (self.q_gate, self.k_gate, self.v_gate):
+            nn.init.zeros_(gate)
 
-    def forward(self, x: Float[Tensor, "B tokens dim"]) -> Float[Tensor, "B tokens q_k_v"]:
-        """Queries, keys and values of ``x``."""
-        projected = super().forward(x)
-        q, k = (projected, x) if len(self.q_gate) == self.in_features else projected.chunk(2, dim=-1)
-        f, c = self.over(self.v_gate.sigmoid()).chunk(2)
-        gated = self.q_gate.sigmoid() * self.norm(q), self.k_gate.sigmoid() * k, f.sigmoid() * c.tanh() * x
-        return torch.cat(gated, dim=-1)
+    def forward(self, x: Float[Tensor, "B tokens dim"], projected: Float[Tensor, "B tokens q_k"]):
+        """Queries, keys and values of ``x``, whose queries, and keys if their width is their own, are projected."""
+        q, k = projected.chunk(2, dim=-1) if self.keys_projected else (projected, x)
+        f, c = self.over(self.v_gate.sigmoid()[None]).chunk(2, dim=-1)  # (1, dim): no quantised layer takes a vector
+        return self.q_gate.sigmoid() * self.norm(q), self.k_gate.sigmoid() * k, f.sigmoid() * c.tanh() * x
 
 
-class Boom(nn.Linear):
-    """A feed-forward layer without the second matrix: the wide activations are summed, chunk by chunk."""
-
-    def __init__(self, dim: int, chunks: int, bias: bool, device=None, dtype=None):
-        super().__init__(dim, chunks * dim, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, x: Float[Tensor, "*B dim"]) -> Float[Tensor, "*B dim"]:
-        """The layer's output."""
-        return F.gelu(super().forward(x)).unflatten(-1, (-1, self.in_features)).sum(dim=-2)
+def move_gates(block: Block, state: dict, prefix: str, *_) -> None:
+    """Renames the gates of a state from when they were a part of ``qkv``."""
+    for name, _ in block.gates.named_parameters():
+        if (old := f"{prefix}qkv.{name}") in state:
+            state[f"{prefix}gates.{name}"] = state.pop(old)

@@ -23,6 +23,7 @@ from .. import check
 from ..grid import Grid
 from ..mixer import Mixer
 from ..precision import at_least_float32
+from ..traced import fixed
 
 
 class Block(Mixer):
@@ -73,7 +74,7 @@ class Block(Mixer):
 
     def parts(self, x, grid):
         """The grid, the relay tokens (B, R, dim) and the pixels (B, N, dim)."""
-        if x.ndim != 3 or x.shape[-1] != self.dim:
+        if x.ndim != 3 or fixed(x.shape[-1]) != self.dim:
             raise ValueError(f"x of shape {tuple(x.shape)}: must be (B, P + H·W, dim={self.dim})")
         grid = Grid.of(grid)
         prefix = grid.prefix_of(x.shape[1])
@@ -81,7 +82,7 @@ class Block(Mixer):
         return grid, relay if prefix else pixels.mean(dim=1, keepdim=True), pixels
 
     def output(self, relay, pixels, x):
-        if x.shape[1] > pixels.shape[1]:
+        if fixed(x.shape[1] - pixels.shape[1]):
             pixels = torch.cat([relay, pixels], dim=1)
         return self.proj_drop(pixels)
 
@@ -153,7 +154,7 @@ class Cycle(nn.Module):
         scores = torch.stack([(q * near).sum(dim=-1, dtype=wide) for near in ring_k], dim=-1)
         seen = torch.stack([near[..., 0] for near in inside], dim=-1) > 0
         own = (q * own_k).sum(dim=-1, keepdim=True, dtype=wide)
-        scores = [scores.masked_fill(~seen, -torch.inf), own, (q @ relay_k.mT).to(wide)]
+        scores = [scores.masked_fill(~seen, -torch.inf), own, (q @ relay_k.transpose(-2, -1)).to(wide)]
         sizes = [len(ring_k), 1, relay.shape[1]]
         weights = (torch.cat(scores, dim=-1) * self.ring.scale).softmax(dim=-1).to(v.dtype)
         to_ring, to_own, to_relay = weights.split(sizes, dim=-1)

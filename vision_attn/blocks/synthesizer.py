@@ -95,6 +95,8 @@ class Block(Mixer):
             out = (down.tril(-1) @ rows.transpose(2, 3)).transpose(2, 3) + share * own
         else:
             out = (down @ rows.transpose(2, 3)).transpose(2, 3)
+        if prefix == 0:
+            return out.flatten(2, 3)
         out = out + (to_prefix @ first[:, :, None]).transpose(2, 3)
         seen = first if self.causal else v
         return torch.cat([seen.mean(dim=2, keepdim=True).expand(first.shape), out.flatten(2, 3)], dim=2)
@@ -143,13 +145,14 @@ class Logits(nn.Module):
     def forward(self, q, length):
         """(B, heads, lines, length, length) for queries (B, heads, lines, length, d) on lines along the axis."""
         to_length = stretch(self.length, length, device=q.device, dtype=q.dtype)  # (length, self.length)
+        from_length = to_length.transpose(0, 1)
         if self.form == "factorized":
-            return ((to_length @ self.left.to(q.dtype)) @ (self.right.to(q.dtype) @ to_length.mT))[:, None]
+            return ((to_length @ self.left.to(q.dtype)) @ (self.right.to(q.dtype) @ from_length))[:, None]
         parts = []
         if self.form != "random":
-            parts.append(q.relu() @ (self.network.to(q.dtype) @ to_length.mT)[:, None])
+            parts.append(q.relu() @ (self.network.to(q.dtype) @ from_length)[:, None])
         if self.form != "dense":
-            parts.append((to_length @ self.table.to(q.dtype) @ to_length.mT)[:, None])
+            parts.append((to_length @ self.table.to(q.dtype) @ from_length)[:, None])
         if self.form != "mixture":
             return parts[0]
         share = self.share.to(q.dtype).softmax(dim=0)

@@ -22,6 +22,7 @@ from .. import by_rows, check
 from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import Past
+from ..precision import weight_of
 
 
 class Block(Mixer):
@@ -71,6 +72,6 @@ class Block(Mixer):
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.causal:
             return super().new_cache(batch, grid)
-        weight, dims = self.qkv.weight, (self.key_dim // self.num_heads, self.dim // self.num_heads)
+        weight, dims = weight_of(self.qkv), (self.key_dim // self.num_heads, self.dim // self.num_heads)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         return by_rows.RowPast(self.talk(0), self.scale, batch, self.num_heads, Grid.of(grid), dims, **factory)
