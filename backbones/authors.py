@@ -1,7 +1,9 @@
 """Weights as authors published them, into the blocks that compute the same: what goes where, key by key.
 
-model = timm.create_model("resnet50_cbam", attn_kwargs=dict(init_gain=1))
-print(load_authors(model, torch.load("RESNET50_CBAM_new_name_wrap.pth"), "cbam"))
+A network takes them whole, a layer or a block one module of them.
+
+    model = timm.create_model("resnet50_cbam")
+    print(load_authors(model, torch.load("RESNET50_CBAM_new_name_wrap.pth"), "cbam"))
 """
 
 import re
