@@ -110,7 +110,8 @@ def load_authors(model: nn.Module, state_dict: Mapping, source: str, *, prefix: 
             be equal. A block or layer takes the one module that the file has.
         state_dict: what was published, also below "state_dict" or "model" and with "module." before its keys.
         source: one of the above.
-        prefix: of keys that are meant, as ``"head.cca."``; others count as unused.
+        prefix: of the keys that are meant, others count as unused: ``"blocks.0.attn."`` is one of the modules of CaiT,
+            ``"encoder.layer.0.attention."`` of Longformer.
 
     Returns:
         Names of parameters and buffers: copied from the file, new (gains and output projections that the published

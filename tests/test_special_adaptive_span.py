@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from vision_attn import Grid, create_block
+from vision_attn.blocks.adaptive_span import Others
+from vision_attn.union import attend
 
 GRID = Grid(7, 11)
 DIM, HEADS = 39, 3
@@ -158,3 +160,13 @@ def test_sampling_without_the_pixel_itself_gives_the_same():
         cache = block.new_cache(2, GRID, full=full)
         out = torch.stack([block.step(x[:, i], i, cache) for i in range(GRID.size)], dim=1)
         torch.testing.assert_close(out, block(x, GRID), rtol=1e-10, atol=1e-12)
+
+
+def test_all_others_are_a_pattern_too():
+    q, k, v = tokens(prefix=2)
+    seen = ~torch.eye(GRID.size, dtype=torch.bool)
+    mask = F.pad(seen, (2, 0, 2, 0), value=True)
+    out = attend(q, k, v, GRID, Others(), scale=13**-0.5)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(Others().mask(GRID), seen) and not Others().causal
