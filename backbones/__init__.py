@@ -1,6 +1,7 @@
 """Attention in timm backbones. Importing this package registers the named models with timm."""
 
 from . import cifar_resnet, attn_resnet, attn_vit  # isort: skip: the stock models come first
+from .authors import load_authors
 from .export import ExportError, export_onnx
 from .insert import insert
 from .maps import attention_maps, draw_maps
@@ -19,5 +20,6 @@ __all__ = [
     "draw_maps",
     "export_onnx",
     "insert",
+    "load_authors",
     "replace",
 ]

@@ -40,7 +40,7 @@ MAP_ATTENTION = (
 
 
 class Report(NamedTuple):
-    """What `replace` did, as names of parameters and buffers."""
+    """What `replace` or `load_authors` did, as names of parameters and buffers."""
 
     model: nn.Module
     copied: tuple[str, ...]  # taken from the replaced attention

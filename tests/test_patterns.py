@@ -114,10 +114,12 @@ def test_drawing_is_the_rule(pattern_case):
         for y, line in enumerate(lines):
             for x, sign in enumerate(line):
                 seen = bool(pattern.allowed(3, 8, y, x, grid))
-                assert sign == ("@" if (y, x) == (3, 8) else "#" if seen else "-")
+                assert sign == ("o@" if (y, x) == (3, 8) else "-#")[seen]
 
 
-def test_every_position_sees_itself(pattern_case):
+def test_every_position_sees_itself_unless_it_is_told_not_to(pattern_case):
+    if pattern_case.options.get("include_self") is False:
+        return
     for pattern in patterns(pattern_case):
         for grid in (Grid(13, 17), Grid(1, 5), Grid(7, 1)):
             assert pattern.mask(grid).diagonal().all()

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from vision_attn import Grid, create_block
+from vision_attn.blocks.adaptive_span import Others
+from vision_attn.union import attend
 
 GRID = Grid(7, 11)
 DIM, HEADS = 39, 3
@@ -115,3 +117,56 @@ def test_the_first_span_is_a_share_of_the_largest(init):
     with pytest.raises(ValueError, match="init="):
         create_block("adaptive_span", 32, init=init)
     assert create_block("adaptive_span", 32, init=1, span=4).spans().tolist() == [4.0]
+
+
+def test_on_a_line_it_is_the_authors_attention_to_the_past():
+    """Scores of the last S positions without the own one, softmax, a mask over them that ends in the last place with
+    z + R, and what is left divided by its sum."""
+    limit, z, ramp, length = 7, (0.0, 1.3, 4.0), 2.5, 23
+    block = create_block("adaptive_span", DIM, num_heads=3, span=limit, ramp=ramp, causal=True, include_self=False)
+    with torch.no_grad():
+        block.double().reach.copy_(torch.tensor(z, dtype=torch.float64) / limit)
+    q, k, v = torch.randn(3, 2, HEADS, length, 13, dtype=torch.float64)
+    out = block.mix(q, k, v, Grid(1, length))
+    template = torch.linspace(1 - limit, 0, limit, dtype=torch.float64)
+    for i in range(limit, length):
+        past = slice(i - limit, i)
+        shares = ((q[:, :, i, None] * k[:, :, past]).sum(-1) / 13**0.5).softmax(-1)
+        mask = torch.stack([((template + reach) / ramp + 1).clamp(0, 1) for reach in z])
+        masked = shares * mask
+        expected = ((masked / masked.sum(-1, keepdim=True))[..., None] * v[:, :, past]).sum(2)
+        torch.testing.assert_close(out[:, :, i], expected, rtol=1e-10, atol=1e-12)
+    assert not out[:, :, 0].any()  # nothing is before the first
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(1, 7), Grid(5, 1), GRID])
+def test_without_itself_a_pixel_sees_what_is_around_it(grid, causal):
+    block = create_block("adaptive_span", 26, num_heads=2, span=3, include_self=False, causal=causal).double()
+    q, k, v = torch.randn(3, 2, 2, grid.size, 13, dtype=torch.float64)
+    weights = block.weights(q, k, grid)
+    assert torch.equal((weights != 0).any(dim=1).any(dim=0), block.pattern.mask(grid))
+    assert not weights.diagonal(dim1=2, dim2=3).any()
+    torch.testing.assert_close(block.mix(q, k, v, grid), weights @ v, rtol=1e-10, atol=1e-12)
+    alone = torch.arange(grid.size) < (1 if causal or grid.size == 1 else 0)
+    torch.testing.assert_close(weights.sum(-1), (~alone).double().expand(2, 2, -1), rtol=1e-10, atol=1e-12)
+    assert not block.averages and create_block("adaptive_span", 26).averages
+
+
+def test_sampling_without_the_pixel_itself_gives_the_same():
+    block = create_block("adaptive_span", 26, num_heads=2, span=3, ramp=1.5, include_self=False, causal=True).double()
+    x = torch.randn(2, GRID.size, 26, dtype=torch.float64)
+    for full in (False, True):
+        cache = block.new_cache(2, GRID, full=full)
+        out = torch.stack([block.step(x[:, i], i, cache) for i in range(GRID.size)], dim=1)
+        torch.testing.assert_close(out, block(x, GRID), rtol=1e-10, atol=1e-12)
+
+
+def test_all_others_are_a_pattern_too():
+    q, k, v = tokens(prefix=2)
+    seen = ~torch.eye(GRID.size, dtype=torch.bool)
+    mask = F.pad(seen, (2, 0, 2, 0), value=True)
+    out = attend(q, k, v, GRID, Others(), scale=13**-0.5)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(Others().mask(GRID), seen) and not Others().causal

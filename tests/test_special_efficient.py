@@ -20,6 +20,25 @@ def test_channels_of_queries_and_positions_of_keys_are_normalised_head_by_head()
             torch.testing.assert_close(out[image, head], expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("value_dim", [15, 51])
+def test_values_may_have_a_width_of_their_own(value_dim):
+    block = create_block("efficient", DIM, num_heads=HEADS, key_dim=21, value_dim=value_dim).double()
+    x = torch.randn(2, 5 + GRID.size, DIM, dtype=torch.float64)
+    q, k, v = block.qkv(x).split([21, 21, value_dim], dim=-1)
+    heads = []
+    for head in range(HEADS):
+        queries, keys, values = (t.chunk(HEADS, dim=-1)[head] for t in (q, k, v))
+        heads.append(queries.softmax(-1) @ keys.softmax(1).transpose(1, 2) @ values)
+    expected = block.proj(torch.cat(heads, dim=-1))
+    torch.testing.assert_close(block(x, GRID), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("value_dim", [0, -3, 1.5, "39", True, 40])
+def test_wrong_widths_of_values_are_named(value_dim):
+    with pytest.raises(ValueError, match=f"value_dim={value_dim!r}"):
+        create_block("efficient", DIM, num_heads=HEADS, value_dim=value_dim)
+
+
 def test_it_mixes_as_many_maps_as_a_head_has_channels():
     q, k = torch.randn(2, 1, 1, GRID.size, 5, dtype=torch.float64)
     weights = create_block("efficient", 5).weights(q, k, GRID)

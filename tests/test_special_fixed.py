@@ -53,3 +53,27 @@ def test_without_causal_all_rows_are_looked_at():
 def test_bad_options_are_named(options, said):
     with pytest.raises(ValueError, match=said):
         create_block("fixed", 32, **options)
+
+
+@pytest.mark.parametrize("heads, num_verts", [(1, 1), (4, 1), (4, 2), (6, 3), (5, 2)])
+def test_heads_take_turns_with_the_summaries_as_in_the_authors_code(heads, num_verts):
+    """Head h looks at its own row and at block h mod num_verts of all rows, blocks being counted from the right."""
+    pattern = create_block("fixed", 8 * heads, num_heads=heads, c=2, num_verts=num_verts, causal=True).pattern
+    for head, mask in enumerate(pattern.head_masks(heads, GRID)):
+        end = 11 - 2 * (head % num_verts)
+        for i, seen in enumerate(rows_of(mask)):
+            assert seen == {j for j in range(i + 1) if j // 11 == i // 11 or end - 2 <= j % 11 < end}
+
+
+def test_split_heads_take_turns_among_themselves():
+    options = dict(c=3, part="summary", causal=True, num_verts=2)
+    summaries = create_block("fixed", 24, num_heads=3, **options).pattern.head_masks(3, GRID)
+    split = create_block("fixed", 48, num_heads=6, **{**options, "part": None}, split_heads=True).pattern
+    assert torch.equal(split.head_masks(6, GRID)[3:], summaries)
+    assert torch.equal(summaries[0], summaries[2]) and not torch.equal(summaries[0], summaries[1])
+
+
+@pytest.mark.parametrize("num_verts", [0, -1, 1.5, "2", True])
+def test_wrong_numbers_of_summaries_are_named(num_verts):
+    with pytest.raises(ValueError, match=f"num_verts={num_verts!r}"):
+        create_block("fixed", 32, num_verts=num_verts)

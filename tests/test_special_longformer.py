@@ -41,10 +41,11 @@ def plain(block, x, prefix, causal):
     return block.proj(out.flatten(2))
 
 
+@pytest.mark.parametrize("tokens", [0, 4])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("prefix", [0, 2])
-def test_the_whole_block_is_that_of_the_paper(prefix, causal):
-    block, x = new(causal=causal), torch.randn(2, prefix + GRID.size, DIM, dtype=torch.float64)
+def test_the_whole_block_is_that_of_the_paper(prefix, causal, tokens):
+    block, x = new(causal=causal, tokens=tokens), torch.randn(2, prefix + GRID.size, DIM, dtype=torch.float64)
     torch.testing.assert_close(block(x, GRID), plain(block, x, prefix, causal), rtol=1e-10, atol=1e-12)
 
 
@@ -89,7 +90,23 @@ def test_its_attention_is_that_of_both_projections(prefix, causal):
 
 def test_dilations_are_one_for_each_head_at_least():
     assert [part.first.dilation for part in new().pattern.by_head()] == [(1, 1), (2, 2)]
+    assert [part.dilation for part in new(tokens=0).pattern.by_head()] == [(1, 1), (2, 2)]
     assert len(create_block("longformer", 32, num_heads=1).pattern.by_head()) == 1
     for options in ({"num_heads": 1, "dilation": (1, 2)}, {"dilation": ()}, {"dilation": 2}, {"dilation": (1, 0)}):
         with pytest.raises(ValueError, match="dilation=|num_heads=1"):
             create_block("longformer", 32, **options)
+
+
+def test_without_tokens_and_prefix_nothing_is_global():
+    block, x = new(tokens=0), torch.randn(2, GRID.size, DIM, dtype=torch.float64)
+    block(x, GRID).sum().backward()
+    assert not block.qkv_global.weight.grad.any() and not block.qkv_global.bias.grad.any()
+    block.zero_grad()
+    block(torch.randn(2, 1 + GRID.size, DIM, dtype=torch.float64), GRID).sum().backward()
+    assert block.qkv_global.weight.grad.any(dim=1).all()
+
+
+@pytest.mark.parametrize("tokens", [-1, 1.5, True])
+def test_wrong_numbers_of_tokens_are_named(tokens):
+    with pytest.raises(ValueError, match=f"tokens={tokens}"):
+        create_block("longformer", 32, tokens=tokens)

@@ -97,3 +97,17 @@ def test_it_costs_what_its_docstring_says():
     block = create_block("talking_heads", 24, num_heads=HEADS, device="meta").eval()
     n, x = GRID.size, torch.empty(1, GRID.size, 24, device="meta")
     assert flops(block, x, GRID) == 2 * (2 * n**2 * 24 + 2 * n**2 * HEADS**2 + 4 * n * 24**2)  # and the projections
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_bias_of_the_second_mixture_adds_the_sum_of_what_is_seen(causal):
+    block = create_block("talking_heads", DIM, num_heads=HEADS, causal=causal, mixing_bias=True).double()
+    plain = create_block("talking_heads", DIM, num_heads=HEADS, causal=causal).double()
+    q, k, v = torch.randn(3, 2, HEADS, 5 + GRID.size, 13, dtype=torch.float64)
+    torch.testing.assert_close(block.mix(q, k, v, GRID), plain.mix(q, k, v, GRID))  # it starts at 0
+    torch.nn.init.normal_(block.b_w)
+    more = block.mix(q, k, v, GRID) - plain.mix(q, k, v, GRID)
+    for i in range(5 + GRID.size):
+        last = max(5, i + 1) if causal else 5 + GRID.size  # prefix tokens see one another
+        expected = block.b_w[:, None] * v[:, :, :last].sum(dim=2)
+        torch.testing.assert_close(more[:, :, i], expected, rtol=1e-9, atol=1e-9)

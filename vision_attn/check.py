@@ -3,12 +3,21 @@
 import math
 import numbers
 from collections.abc import Collection
+from typing import Annotated
+
+Count = Annotated[int, "≥ 0"]  # the type of an argument that `count` checks
 
 
 def positive_int(name: str, value) -> None:
     """Raises ValueError unless ``value`` is an integer ≥ 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: must be an integer ≥ 1")
+
+
+def count(name: str, value) -> None:
+    """Raises ValueError unless ``value`` is an integer ≥ 0."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}={value!r}: must be an integer ≥ 0")
 
 
 def positive(name: str, value) -> None:

@@ -272,8 +272,12 @@ def softmax_over(
     k: Float[Tensor, "B heads tokens dk"],
     scale: float,
 ) -> Float[Tensor, "B heads tokens tokens"]:
-    """softmax(scale · q kᵀ) over the keys that ``mask`` lets through: the plain N×N matrix."""
+    """softmax(scale · q kᵀ) over the keys that ``mask`` lets through: the plain N×N matrix.
+
+    A token that sees nothing takes nothing.
+    """
     scores = scale * torch.einsum("bnid,bnjd->bnij", q, k)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1)
+    if mask is None:
+        return scores.softmax(dim=-1)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0)

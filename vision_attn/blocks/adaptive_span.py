@@ -8,7 +8,9 @@ Every head has a z in [0, S], the largest distance that it sees in full; beyond 
 S is ``span``, R is ``ramp``. log m joins the scores of a window of radius S + R, cut off at the border. The paper adds
 a penalty on the spans to the loss, λ/heads Σ z: a training script adds λ ``block.spans().mean()``.
 With ``causal=True`` the part of the window that comes before in raster order, and the pixel itself. Prefix tokens are
-at no distance: they see and are seen in full (causal: they see only one another).
+at no distance: they see and are seen in full (causal: they see only one another). With ``include_self=False`` a pixel
+does not look at itself, and the nearest others are at distance 0, as in the authors' code; one that sees nothing takes
+0 (the code: its past is never empty, but padded with zeros).
 Deviations: distance in two dimensions (the paper: on a line, into the past). As in the authors' code the parameter is
 z / S; theirs is set back into [0, 1] after every optimizer step, here it is clamped where it is used, and beyond keeps
 the gradient that leads back, so that no span is stuck and none winds up. Their window ends at S, ramp or not, and
@@ -24,6 +26,7 @@ their divisor has 1e-8 more. The position embeddings of its keys are left out.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +36,22 @@ from torch import Tensor, nn
 from .. import check
 from ..cache import Store
 from ..grid import Grid
+from ..key_set import Everything, Only
 from ..mixer import Mixer, warn_of_blind_spot
-from ..pattern import Past, Window
+from ..pattern import Past, Pattern, Window
 from ..precision import at_least_float32, weight_of
 from ..union import attend
+
+
+@dataclass(frozen=True)
+class Others(Pattern):
+    """Everything but itself."""
+
+    def allowed(self, qy, qx, ky, kx, grid):
+        return (qy != ky) | (qx != kx)
+
+    def key_sets(self):
+        return (Only(Everything(), self),)
 
 
 class Block(Mixer):
@@ -47,6 +62,7 @@ class Block(Mixer):
         ramp: pixels over which the mask falls from 1 to 0, R.
         init: share of ``span`` that every head's z is at first.
         causal: only what comes before in raster order, and itself.
+        include_self: whether a pixel looks at itself too.
         Others: those of `Mixer`.
 
     Raises:
@@ -62,6 +78,7 @@ class Block(Mixer):
         ramp: float = 2.0,
         init: float = 0.5,
         causal: bool = False,
+        include_self: bool = True,
         device=None,
         dtype=None,
         **mixer,
@@ -72,8 +89,11 @@ class Block(Mixer):
         if not 0 <= init <= 1:
             raise ValueError(f"init={init!r}: must be a share of span, in [0, 1]")
         check.boolean("causal", causal)
+        check.boolean("include_self", include_self)
         super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
         self.span, self.ramp, self.init, self.causal = span, ramp, init, causal
+        self.averages = include_self
+        self.nearest = 0 if include_self else 1  # pixels that the first distance is away
         self.window = self.window_of(span)
         self.reach = nn.Parameter(torch.empty(self.num_heads, device=device, dtype=dtype))  # z / S
         self.reset_parameters()
@@ -90,19 +110,21 @@ class Block(Mixer):
         return self.span * (reach.clamp(0, 1) if torch.jit.is_tracing() else Held.apply(reach))
 
     @property
-    def pattern(self) -> Window:
+    def pattern(self) -> Pattern:
         """What the heads together see now; what they may learn to see on the meta device."""
-        return self.window if self.reach.is_meta else self.window_of(self.spans().max().item())
+        window = self.window if self.reach.is_meta else self.window_of(self.spans().max().item())
+        return window & Others() if self.nearest else window
 
     def window_of(self, z: int | float) -> Window:
         """All that is less than z + R away."""
-        radius = math.ceil(z + self.ramp) - 1
+        radius = math.ceil(z + self.ramp) - 1 + self.nearest
         return Window((radius, radius), past=self.causal)
 
     def soft_mask(self, distance):
         """m of each head at some distances, (heads, …)."""
         z = self.spans().reshape(-1, *(1 for _ in distance.shape))
-        return ((self.ramp + z - distance) / self.ramp).clamp(0, 1)
+        m = ((self.ramp + z - (distance - self.nearest)) / self.ramp).clamp(0, 1)
+        return m.masked_fill(distance < self.nearest, 0)
 
     def bias(self, distance):
         """log m; where m is 0, the smallest finite number, without a gradient."""
@@ -117,20 +139,30 @@ class Block(Mixer):
         down, right = (above - tile[:, None]).abs(), (around - tile[:, None]).abs()
         distance = torch.maximum(down[:, None, :, None], right[None, :, None, :]).flatten(2).flatten(0, 1)
         bias = self.bias(distance).to(v.dtype)[:, None].repeat(q.shape[0], 1, 1, 1)  # (B · heads, 1, queries, keys)
-        return attend(q, k, v, grid, self.window, scale=self.scale, dropout=self.dropout, bias=bias)
+        out = attend(q, k, v, grid, self.window, scale=self.scale, dropout=self.dropout, bias=bias)
+        if self.alone(0, grid) and q.shape[2] == grid.size:
+            out = F.pad(out.narrow(2, 1, grid.size - 1), (0, 0, 1, 0))
+        return out
+
+    def alone(self, place, grid):
+        """Whether no other pixel is there for that at raster index ``place``, which itself is not to be looked at."""
+        return self.nearest == 1 and place == 0 and (self.causal or grid.size == 1)
 
     def weights(self, q, k, grid):
         prefix, z = grid.prefix_of(q.shape[2]), self.spans().to(q.dtype)
         place = torch.arange(grid.size, device=q.device)
         down, right = (c[None, :] - c[:, None] for c in (place // grid.width, place % grid.width))
         x = torch.where(down.abs() > right.abs(), down.abs(), right.abs())
+        if self.nearest:
+            x = torch.where(x == 0, self.span + self.ramp + 1, x - 1).to(q.dtype)  # itself is out of sight
         m = torch.stack([((self.ramp + z_of_head - x) / self.ramp).clamp(min=0, max=1) for z_of_head in z])
         m = F.pad(m, (prefix, 0, prefix, 0), value=1.0)
         if self.causal:
             m = m * Past().mask(grid, prefix, q.device)
-        scores = (self.scale * q @ k.mT).masked_fill(m == 0, -torch.inf)
+        scores = (self.scale * q @ k.mT).masked_fill(m == 0, torch.finfo(q.dtype).min)
         masked = m * (scores - scores.amax(dim=-1, keepdim=True)).exp()
-        return masked / masked.sum(dim=-1, keepdim=True)
+        total = masked.sum(dim=-1, keepdim=True)
+        return masked / (total + (total == 0))
 
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if full or not self.causal:
@@ -189,4 +221,4 @@ class Near:
         out = F.scaled_dot_product_attention(
             q[:, :, None], keys, values, attn_mask=bias.to(q.dtype)[None, :, None], scale=self.block.scale
         )
-        return out[:, :, 0]
+        return torch.zeros_like(out[:, :, 0]) if self.block.alone(place, self.store.grid) else out[:, :, 0]

@@ -7,8 +7,10 @@ By default each third of the heads has one of the three; ``part="row"``, ``"colu
 layer one of them, to be cycled by the host, as the paper does. The previous row makes the causal set whole: a causal
 row and column never hear what is right of a pixel in the rows above. Without ``causal`` rows and columns go both ways,
 and the previous row is the rows above and below.
-Deviations: a pixel always sees itself in the previous row's set too (the code: keys of zeros stand before the first
-row). Heads are our addition, as is the pattern without ``causal``.
+With ``include_self=False`` the previous row is without the pixel itself, as in the authors' code, and the first row,
+which has none, takes 0 from it (the code: the mean of a row of zeros).
+Deviations: by default a pixel sees itself in the previous row's set too. Heads are our addition, as is the pattern
+without ``causal``.
 
 >>> from vision_attn import Grid
 >>> for pattern in (Row(past=True), Column(past=True), Beside(past=True)):
@@ -30,21 +32,29 @@ row). Heads are our addition, as is the pattern without ``causal``.
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
+
 from .. import check
-from ..key_set import AdjacentRows
+from ..key_set import AdjacentRows, KeySet
 from ..mixer import PatternMixer
 from ..pattern import Column, Directed, PerHead, Row
 
 
 @dataclass(frozen=True)
 class Beside(Directed):
-    """The row above, not ``past`` also the row below, and itself."""
+    """The row above, not ``past`` also the row below, and itself or (not ``include_self``) only those."""
+
+    include_self: bool = True
 
     def allowed(self, qy, qx, ky, kx, grid):
-        return (ky == qy - 1) | ((ky == qy + 1) & (not self.past)) | ((ky == qy) & (kx == qx))
+        beside = (ky == qy - 1) | ((ky == qy + 1) & (not self.past))
+        return beside | ((ky == qy) & (kx == qx) & self.include_self)
 
     def key_sets(self):
-        return (RowsBeside(above=1, below=0 if self.past else 1),)
+        if self.include_self:
+            return (RowsBeside(above=1, below=0 if self.past else 1),)
+        return (OtherRows((-1,) if self.past else (-1, 1)),)
 
 
 @dataclass(frozen=True)
@@ -58,12 +68,44 @@ class RowsBeside(AdjacentRows):
         return [(slice(max(0, y - 1), y), slice(0, grid.width)), (slice(y, y + 1), slice(x, x + 1))]
 
 
+@dataclass(frozen=True)
+class OtherRows(KeySet):
+    """Every position with all of the rows that are ``steps`` further down.
+
+    Beyond the border they are zeros: where no row is inside, all of them are masked alike, and their mean is 0.
+    """
+
+    steps: tuple[int, ...]
+
+    def queries(self, x):
+        return x
+
+    def keys(self, x):
+        padded = F.pad(x, (0, 0, 0, 0, 1, 1))
+        return torch.cat([padded.narrow(1, 1 + step, x.shape[1]) for step in self.steps], dim=2)
+
+    def place(self, y, grid, fill=0.0):
+        return y
+
+    def mask(self, grid, device):
+        row = torch.arange(grid.height, device=device)
+        inside = [((row + step >= 0) & (row + step < grid.height))[:, None, None] for step in self.steps]  # (H, 1, 1)
+        return torch.cat([there.expand(-1, 1, grid.width) for there in inside], dim=2)
+
+    def kept(self, grid):
+        return min(grid.height, 2), 0, grid.width
+
+    def seen_from(self, y, x, grid):
+        return [(slice(max(0, y - 1), y), slice(0, grid.width))]
+
+
 class Block(PatternMixer):
     """Factored attention.
 
     Args:
         causal: only what comes before in raster order, and itself.
         part: None for a third of the heads each, or "row", "column", "previous_row" for one of them.
+        include_self: whether the previous row's set has the pixel itself.
         Others: those of `Mixer`.
 
     Raises:
@@ -77,9 +119,13 @@ class Block(PatternMixer):
         *,
         causal: bool = False,
         part: Literal["row", "column", "previous_row"] | None = None,
+        include_self: bool = True,
         **mixer,
     ):
         check.boolean("causal", causal)
         check.one_of("part", part, (None, "row", "column", "previous_row"))
-        parts = {"row": Row(past=causal), "column": Column(past=causal), "previous_row": Beside(past=causal)}
+        check.boolean("include_self", include_self)
+        beside = Beside(past=causal, include_self=include_self)
+        parts = {"row": Row(past=causal), "column": Column(past=causal), "previous_row": beside}
         super().__init__(parts[part] if part else PerHead(tuple(parts.values())), dim, num_heads, **mixer)
+        self.averages = include_self or part in ("row", "column")

@@ -4,7 +4,8 @@ Child et al. 2019, Sparse Transformer, https://arxiv.org/abs/1904.10509
     A_i = softmax over {j ≤ i : row(j) = row(i)} ∪ {j ≤ i : col(j) in the summary columns} of q_i · k_j
 Cost: 2 N (W + c H) d
 The summary of head h is the h-th block of ``c`` columns from the right (round and round where the row has fewer
-blocks), so that heads have distinct ones, as the paper advises. With ``causal=True`` the order is the raster, as
+blocks), so that heads have distinct ones, as the paper advises. ``num_verts`` has them take turns with so many, as the
+authors' code does: head h has the (h mod num_verts)-th. With ``causal=True`` the order is the raster, as
 published; without, everything goes both ways. One softmax over the union is the paper's "merged head";
 ``split_heads=True`` gives the first half of the heads the row and the second half the summaries; ``part="local"`` and
 ``part="summary"`` give a layer one of them, to be interleaved by the host: the local layer must come first, since what
@@ -268,6 +269,7 @@ class Block(PatternMixer):
         causal: only what comes before in raster order, and itself.
         split_heads: half of the heads have the row, the others the summaries.
         part: None for both, "local" or "summary" for one of them.
+        num_verts: number of distinct summaries that the heads take turns with; None: each has one of its own.
         Others: those of `Mixer`.
 
     Raises:
@@ -283,19 +285,23 @@ class Block(PatternMixer):
         causal: bool = False,
         split_heads: bool = False,
         part: Literal["local", "summary"] | None = None,
+        num_verts: int | None = None,
         **mixer,
     ):
         check.positive_int("c", c)
         check.boolean("causal", causal)
         check.boolean("split_heads", split_heads)
         check.one_of("part", part, (None, "local", "summary"))
+        if num_verts is not None:
+            check.positive_int("num_verts", num_verts)
         if split_heads and part:
             raise ValueError(f"part={part!r}: must be None with split_heads=True, which gives each part half the heads")
 
         row, other = Row(past=causal), Summary if split_heads or part == "summary" else Fixed
         one = row if part == "local" else other(c, 0, past=causal)
         super().__init__(PerHead((row, one)) if split_heads else one, dim, num_heads, **mixer)
-        if part != "local" and self.num_heads > 1:  # every head has a summary of its own
+        if part != "local" and self.num_heads > 1 and num_verts != 1:  # heads have summaries of their own
             rows = -(-self.num_heads // 2) if split_heads else 0
-            others = tuple(other(c, block, past=causal) for block in range(self.num_heads - rows))
+            heads = range(self.num_heads - rows)
+            others = tuple(other(c, head % (num_verts or len(heads)), past=causal) for head in heads)
             self.pattern = PerHead((row,) * rows + others)

@@ -6,10 +6,12 @@ Beltagy et al. 2020, Longformer; Zhang et al. 2021, ViL, https://arxiv.org/abs/2
 Cost: 2 N (k² + 2 tokens) d
 Global are the prefix tokens of the host (ViL's reading for images: learned tokens) and the first ``tokens`` positions
 in raster order, so that a map without prefix tokens has some and the pattern can be causal. What they look at goes
-through queries, keys and values of their own. With ``causal=True`` all is cut to what comes before.
+through queries, keys and values of their own. With ``causal=True`` all is cut to what comes before. With ``tokens=0``
+prefix tokens alone are global; where there are none, the projections of their own get a gradient of 0.
 Windows on a line of text become squares.
 Deviations: scores of global keys, as seen by the others, use the common projections, as in the code. The second
-projections start on their own (the paper: as copies of the first).
+projections start on their own (the paper: as copies of the first). ViL's global tokens have an output projection of
+their own too.
 
 >>> from vision_attn import Grid
 >>> for pattern in Block(64, num_heads=2, kernel_size=3, dilation=(1, 2), tokens=2).pattern.by_head():
@@ -46,7 +48,7 @@ class Block(PatternMixer):
     Args:
         kernel_size: pixels in the window, one odd integer or (height, width).
         dilation: step between them for equal shares of the heads; None: (1, 2), or 1 for a single head.
-        tokens: number of positions that see all and are seen by all, beside the prefix tokens.
+        tokens: number of positions that see all and are seen by all, beside the prefix tokens; 0: these alone.
         causal: only what comes before in raster order, and itself.
         Others: those of `Mixer`.
 
@@ -61,14 +63,14 @@ class Block(PatternMixer):
         *,
         kernel_size: int | tuple[int, int] = 7,
         dilation: tuple[int, ...] | None = None,
-        tokens: int = 8,
+        tokens: check.Count = 8,
         causal: bool = False,
         qkv_bias: bool = True,
         device=None,
         dtype=None,
         **mixer,
     ):
-        check.positive_int("tokens", tokens)
+        check.count("tokens", tokens)
         check.boolean("causal", causal)
         check.positive_int("dim", dim)
         radius = tuple(size // 2 for size in check.odd_pair("kernel_size", kernel_size))
@@ -82,9 +84,10 @@ class Block(PatternMixer):
             or not all(type(n) is int and n > 0 for n in dilation)
         ):
             raise ValueError(f"dilation={dilation!r}: must be a list of integers ≥ 1")
-        windows = tuple(Window(radius, (step, step)) for step in dilation)
-        pattern = (PerHead(windows) if len(windows) > 1 else windows[0]) | Global(tokens)
-        pattern = pattern & Past() if causal else pattern
+        windows = tuple(Window(radius, (step, step), past=causal) for step in dilation)
+        pattern = PerHead(windows) if len(windows) > 1 else windows[0]
+        if tokens:
+            pattern = (pattern | Global(tokens)) & Past() if causal else pattern | Global(tokens)
         super().__init__(pattern, dim, num_heads, qkv_bias=qkv_bias, device=device, dtype=dtype, **mixer)
         self.tokens = tokens
         self.qkv_global = nn.Linear(dim, sum(self.widths), bias=qkv_bias, device=device, dtype=dtype)
@@ -103,7 +106,7 @@ class Block(PatternMixer):
         """What the global tokens take, by their own projections, (B, heads, P + tokens, d)."""
         prefix = grid.prefix_of(x.shape[1])
         count = prefix + least(self.tokens, grid.size)
-        x = x.narrow(1, 0, count) if self.causal else x
+        x = x.narrow(1, 0, count) if self.causal or count == 0 else x
         q, k, v = self.global_heads(x)
         mask = self.past(prefix, count, x.device) if self.causal else None
         options = dict(attn_mask=mask, dropout_p=self.dropout, scale=self.scale)

@@ -5,13 +5,14 @@ Shazeer et al. 2020, Talking-Heads Attention, https://arxiv.org/abs/2003.02436
     U_h = Σ_l P_w[l, h] W_l      o_h = U_h v_h
 Cost: 2 N² d + 2 N² heads²
 P_l and P_w (heads × heads) are learned and start as the identity: dense attention, until trained. U may be negative
-and its rows need not sum to 1. The softmax of one head needs the scores of all, so that no flash kernel of single heads
-computes it: rows are taken in chunks, and computed anew in the backward. A compiled or exported graph, whose sizes are
-free, holds the N×N matrix.
+and its rows need not sum to 1. With ``mixing_bias=True`` every U_h has a learned number b_w[h] more, for each pair that
+is seen: CaiT's bias of the second mixture. A bias of the first would be a constant to the softmax, which sees none.
+The softmax of one head needs the scores of all, so that no flash kernel of single heads computes it: rows are taken in
+chunks, and computed anew in the backward. A compiled or exported graph, whose sizes are free, holds the N×N matrix.
 With ``causal=True`` a position looks at itself and at what comes before it in raster order; prefix tokens come first
 of all and see only one another. What is not seen is masked between P_l and the softmax.
-Deviations: the heads of q and k, of the softmax and of v are as many (the paper: three numbers that may differ). CaiT
-gives both mixtures a bias. ``attn_drop`` acts on U, as in CaiT.
+Deviations: the heads of q and k, of the softmax and of v are as many (the paper: three numbers that may differ).
+``attn_drop`` acts on U, as in CaiT.
 """
 
 import torch
@@ -26,34 +27,62 @@ from ..precision import weight_of
 
 
 class Block(Mixer):
-    """Talking-heads attention. ``causal``: raster order; the other arguments are those of `Mixer`."""
+    """Talking-heads attention.
+
+    Args:
+        causal: only what comes before in raster order, and itself.
+        mixing_bias: whether the second mixture has a bias for each head.
+        Others: those of `Mixer`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
 
     averages = False  # P_w may do anything
 
-    def __init__(self, dim, num_heads=None, *, causal: bool = False, device=None, dtype=None, **mixer):
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        causal: bool = False,
+        mixing_bias: bool = False,
+        device=None,
+        dtype=None,
+        **mixer,
+    ):
         check.boolean("causal", causal)
+        check.boolean("mixing_bias", mixing_bias)
         super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
         self.causal = causal
         self.p_l = nn.Parameter(torch.empty(self.num_heads, self.num_heads, device=device, dtype=dtype))
         self.p_w = nn.Parameter(torch.empty(self.num_heads, self.num_heads, device=device, dtype=dtype))
+        self.b_w = nn.Parameter(torch.empty(self.num_heads, device=device, dtype=dtype)) if mixing_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets both mixtures to the identity."""
+        """Sets both mixtures to the identity, without a bias."""
         nn.init.eye_(self.p_l)
         nn.init.eye_(self.p_w)
+        if self.b_w is not None:
+            nn.init.zeros_(self.b_w)
 
     def talk(self, prefix):
         """The function from scores of some rows to their weights."""
-        p_l, p_w, causal, dropout = self.p_l, self.p_w, self.causal, self.dropout
+        p_l, p_w, b_w, causal, dropout = self.p_l, self.p_w, self.b_w, self.causal, self.dropout
 
         def weights_of(scores, rows):
             mixed = torch.einsum("bhij,hl->blij", scores, p_l.to(scores.dtype))
             if causal:
                 columns = torch.arange(scores.shape[3], device=scores.device)
                 row, column = ((t - prefix).clamp(min=-1) for t in (rows, columns))  # all prefix tokens are at -1
-                mixed = mixed.masked_fill(column > row[:, None], -torch.inf)
-            return F.dropout(torch.einsum("blij,lh->bhij", mixed.softmax(dim=-1), p_w.to(scores.dtype)), dropout)
+                unseen = column > row[:, None]
+                mixed = mixed.masked_fill(unseen, -torch.inf)
+            weights = torch.einsum("blij,lh->bhij", mixed.softmax(dim=-1), p_w.to(scores.dtype))
+            if b_w is not None:
+                weights = weights + b_w.to(scores.dtype)[:, None, None]
+                weights = weights.masked_fill(unseen, 0) if causal else weights
+            return F.dropout(weights, dropout)
 
         return weights_of
 
@@ -67,7 +96,9 @@ class Block(Mixer):
         scores = [self.scale * q[:, h] @ k[:, h].mT for h in heads]
         mixed = [sum(self.p_l[h, l] * scores[h] for h in heads) for l in heads]
         shares = [(m if unseen is None else m.masked_fill(unseen, -torch.inf)).softmax(dim=-1) for m in mixed]
-        return torch.stack([sum(self.p_w[l, h] * shares[l] for l in heads) for h in heads], dim=1)
+        bias = torch.zeros_like(self.p_w[0]) if self.b_w is None else self.b_w
+        seen = 1 if unseen is None else ~unseen
+        return torch.stack([sum(self.p_w[l, h] * shares[l] for l in heads) + bias[h] * seen for h in heads], dim=1)
 
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.causal:

@@ -6,6 +6,7 @@ import typing
 
 from hypothesis import strategies as st
 
+from ..check import Count
 from ..zoo import parameters
 from .case import holds_for
 
@@ -29,7 +30,7 @@ def values_of(annotation) -> st.SearchStrategy | None:
         if len(inner) == 2:
             return st.tuples(*map(values_of, inner))
         return st.lists(values_of(inner[0]), min_size=1, max_size=4).map(tuple)
-    known = {bool: st.booleans(), int: size, float: rate, type(None): st.none()}
+    known = {bool: st.booleans(), int: size, Count: st.integers(0, 9), float: rate, type(None): st.none()}
     return known.get(annotation)
 
 
@@ -70,6 +71,7 @@ def wrong_values(annotation) -> list:
         return ["no such", ("no such",), (), None, 3]
     return {
         int: [0, -1, 1.5, "3", None, True, (3, 5)],
+        Count: [-1, 1.5, "3", None, True, (3, 5)],
         float: [math.nan, math.inf, -0.5, "0.5", None, True],
         bool: ["no", 1, None],
     }.get(annotation, [])
