@@ -117,4 +117,5 @@ class Boom(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*B dim"]) -> Float[Tensor, "*B dim"]:
         """The layer's output."""
-        return F.gelu(super().forward(x)).unflatten(-1, (-1, self.in_features)).sum(dim=-2)
+        wide = F.gelu(super().forward(x)).unflatten(-1, (-1, self.in_features))
+        return wide.sum(dim=-2, dtype=wide.dtype)  # CUDA's autocast would give float32
