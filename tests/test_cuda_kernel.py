@@ -294,6 +294,19 @@ def test_a_kernel_that_changed_is_not_used(change, untried, monkeypatch):
         assert not flash.agrees(flash.Cuda, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_one_number_that_is_none_is_enough(which, untried, monkeypatch):
+    class Spoilt(Double):
+        def _scaled_dot_product_efficient_attention_backward(self, *args, **kwargs):
+            slopes = super()._scaled_dot_product_efficient_attention_backward(*args, **kwargs)
+            slopes[which][-1, -1, -1, -1] = torch.nan
+            return slopes
+
+    monkeypatch.setattr(flash, "aten", Spoilt())
+    with pytest.warns(UserWarning, match="relative errors .*nan"):
+        assert not flash.agrees(flash.Cuda, CPU, torch.float32)
+
+
 def test_wrong_numbers_are_found_once(untried, monkeypatch):
     monkeypatch.setattr(flash, "aten", Changed(lies))
     with pytest.warns(UserWarning, match="relative errors"):
