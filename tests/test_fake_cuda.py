@@ -97,7 +97,10 @@ def backward(out, slope=None) -> dict:
             continue
         own = isinstance(node, torch.autograd.function.BackwardCFunction)
         parts = node.apply(*given) if own else node(*given)
-        for (after, i), part in zip(node.next_functions, parts if isinstance(parts, tuple) else (parts,)):
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        others = len(parts) - len(node.next_functions)  # of what is no tensor, in front
+        assert parts[:others] == (None,) * others
+        for (after, i), part in zip(node.next_functions, parts[others:], strict=True):
             if after is None:
                 continue
             if part is not None:
