@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from vision_attn import Grid, create_block, flash, union
+from vision_attn.key_set import Columns
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -149,6 +150,21 @@ def test_merging_on_cuda_is_so_with_any_prefix_at_all_sizes(mixer_case, dtype, g
     for step in merging_steps(mixer_case):
         for prefix in PREFIXES:
             assert_as_good_as_plain(step, grid, prefix, dtype)
+
+
+@pytest.mark.parametrize("kernel", [flash.Cpu, flash.Cuda])
+def test_a_query_that_sees_nothing_of_any_set_takes_nothing(kernel, double, monkeypatch):
+    monkeypatch.setattr(flash, "aten", torch.ops.aten if kernel is flash.Cpu else flash.aten)
+    grid, sets = Grid(7, 11), (flash.Above((3, 4)), Columns(with_self=False))
+    above, column = (keys.mask(grid, CPU) for keys in sets)
+    tensors = [torch.randn(BATCH, *grid, CHANNELS).requires_grad_() for _ in range(3)]
+    tensors += [torch.randn(BATCH, 1, 0, CHANNELS).requires_grad_() for _ in range(2)]
+    out = flash.merged(kernel, sets, [above, column & False], grid, 0.5, *tensors)
+    blind = ~sets[0].place(above.any(-1)[None, :, :, None].expand(1, -1, 12, -1), grid).expand(BATCH, -1, -1, CHANNELS)
+    assert blind.sum() == BATCH * 3 * 11 * CHANNELS  # rows 0, 3 and 6
+    assert (out[blind] == 0).all() and (out[~blind] != 0).all()
+    slope, *_ = torch.autograd.grad(out.sum(), tensors)
+    assert (slope[blind] == 0).all() and slope.isfinite().all() and slope.any()
 
 
 def test_tensors_need_not_be_aligned(double):

@@ -268,7 +268,8 @@ class Merged(torch.autograd.Function):
                 out, lse = kernel.forward(*folded, mask, keys.causal, scale)
                 parts.append((keys, out, _filled(lse, unseen, -torch.inf)[..., None]))
         logs = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts])
-        shares = logs.softmax(dim=0)  # exp(l_s - l) need not sum to 1 where l is large and rounds
+        # exp(l_s - l) need not sum to 1 where l is large and rounds; that of a query that sees nothing at all is NaN
+        shares = logs.softmax(dim=0).masked_fill(logs == -torch.inf, 0)
         merged = q.new_zeros(q.shape, dtype=wide)
         for (keys, out, _), share in zip(parts, shares):
             keys.add_queries(merged, out.mul_(keys.queries(share)))
