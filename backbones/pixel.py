@@ -130,19 +130,28 @@ class PixelModel(nn.Module):
         """Images (B, C, H, W) of integers → their values in raster order (B, H·W·C), int64.
 
         Raises:
-            ValueError: another shape, not integers, or a value outside 0 … levels - 1.
+            ValueError: another shape, not integers, or a value outside 0 … levels - 1. That is found out without a
+                wait on a CUDA device, which stops then with an assertion of its own.
         """
         shape = (self.in_chans, *self.img_size)
         if images.ndim != 4 or images.shape[1:] != shape:
             raise ValueError(f"images of shape {tuple(images.shape)}: must be (B, C, H, W) with (C, H, W) = {shape}")
         if images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
             raise ValueError(f"images of {images.dtype}: must be integers in 0..{self.levels - 1}")
-        values = rearrange(images.long(), "B C H W -> B (H W C)")
+        values = self.in_raster_order(images)
         if not torch.compiler.is_compiling() and values.numel():  # a compiled graph would break here
-            least, most = (n.item() for n in values.aminmax())
-            if least < 0 or most >= self.levels:
-                raise ValueError(f"images with values {least}..{most}: must be integers in 0..{self.levels - 1}")
+            least, most = values.aminmax()
+            allowed = f"must be integers in 0..{self.levels - 1}"
+            if values.device.type != "cpu":
+                torch._assert_async((least >= 0) & (most < self.levels), f"images: {allowed}")
+            elif least < 0 or most >= self.levels:
+                raise ValueError(f"images with values {least}..{most}: {allowed}")
         return values
+
+    @staticmethod
+    def in_raster_order(images: Tensor) -> Tensor:
+        """`values` of images that were checked."""
+        return rearrange(images.long(), "B C H W -> B (H W C)")
 
     def images(self, values: Tensor) -> Tensor:
         """The inverse of `values`."""
@@ -176,7 +185,7 @@ class PixelModel(nn.Module):
     def bits_per_dim(self, images: Tensor) -> Tensor:
         """Mean negative log-likelihood of the values of images (B, C, H, W), in bits; a scalar that has a gradient."""
         logits = self(images).float()
-        return F.cross_entropy(logits.flatten(0, 1), self.values(images).flatten()) / math.log(2)
+        return F.cross_entropy(logits.flatten(0, 1), self.in_raster_order(images).flatten()) / math.log(2)
 
     @torch.no_grad()
     def generate(
@@ -216,7 +225,8 @@ class PixelModel(nn.Module):
         check.one_of("cache", cache, self.caches)
         if isinstance(start, Tensor):
             check.one_of("rows", rows, range(self.img_size[0] + 1))
-            values = self.values(start.to(self.start.device)).clone()  # of one channel they are a view of the images
+            # checked where they are; of one channel they are a view of the images
+            values = self.values(start).to(self.start.device, copy=True)
         else:
             check.positive_int("start", start)
             check.one_of("rows", rows, (0,))

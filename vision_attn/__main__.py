@@ -1,6 +1,8 @@
-"""The zoo on the command line: ``python -m vision_attn list | show | cost | recommend | readme``, each with ``--help``.
+"""The zoo on the command line: ``python -m vision_attn COMMAND``, each with ``--help``.
 
-Exit code 0: done; 2: bad input, with one line that says what.
+Commands: list, show, cost, recommend, check, readme.
+
+Exit code 0: done; 1: `check` found a wrong answer; 2: bad input, with one line that says what.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import cost, draw
+from . import answers, cost, draw
 from .grid import Grid
 from .mixer import Mixer
 from .recommend import recommend
@@ -74,6 +76,27 @@ def show_recommended(
     rows = [(name, *map(digits, numbers)) for name, *numbers in found]
     columns([("", "ms", "/ dense", "MiB", "/ dense"), *rows])
     print("as measured now; gates are left out: they do not take the place of attention")
+
+
+def show_check(blocks: str, device: str) -> int:
+    place = torch.empty(0, device=device).device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "as it is here"
+    print(f"{place} ({name}), torch {torch.__version__}, beside the CPU in float64")
+    for dtype, why in answers.trusted(place).items():
+        print(f"kernel for several key sets in {short(dtype)}: {f'NOT used: {why}' if why else 'trusted'}")
+    wrong = count = 0
+    for answer in answers.answers(place, blocks):
+        what = f"{answer.block}{answer.causal * ' causal'}"
+        verdict = "right" if answer.right else f"WRONG {answer.said}".rstrip()
+        print(f"{what:<32}{short(answer.dtype):<9} {answer.forward:9.2g} {answer.backward:9.2g}  {verdict}", flush=True)
+        wrong, count = wrong + (not answer.right), count + 1
+    print(f"{wrong} of {count} wrong; numbers: errors of output and gradients, as shares of what rounding may do")
+    return int(wrong > 0)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def options_of(block: str) -> str:
@@ -215,6 +238,9 @@ def parse(argv: list[str] | None) -> dict:
     made.add_argument("--dtype", choices=types, default="float32", help="of weights and input (default: float32)")
     sized(made, (64, 64), 256)
     timed(made, 10.0)
+    made = command("check", show_check, "whether a device gives right answers, block by block")
+    made.add_argument("blocks", nargs="?", default="*", help="wildcard")
+    made.add_argument("--device", type=device, default="cuda", help="to try (default: cuda)")
     made = command("readme", renew, "renew the table of blocks in a Markdown page")
     made.add_argument("page", type=Path)
     return vars(parser.parse_args(argv))
@@ -225,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(argv)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            arguments.pop("call")(**arguments)
+            code = arguments.pop("call")(**arguments) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -234,9 +260,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("error: not enough memory for this size", file=sys.stderr)
         return 2
-    for warning in told:
-        print(f"note: {warning.message}", file=sys.stderr)
-    return 0
+    for message in dict.fromkeys(str(warning.message) for warning in told):
+        print(f"note: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class StepAverage(nn.Module):
         _live.add(self)
 
     def fold(self, seen: Tensor) -> None:
-        """Takes the mean of all notes since the last optimizer step."""
+        """Takes the mean of all notes since the last optimizer step into the buffers."""
         raise NotImplementedError
 
     def note(self, seen: Tensor) -> None:
@@ -51,8 +51,13 @@ class StepAverage(nn.Module):
             seen, times = seen.clone(), times.clone()
             dist.all_reduce(seen)
             dist.all_reduce(times)
-        if seen.isfinite().all():  # after an overflow, the optimizer skips the step and these notes are worth nothing
-            self.fold(seen / times)
+        before = [buffer.clone() for buffer in self.buffers()]
+        self.fold(seen / times)
+        # after an overflow the optimizer skips the step and these notes are worth nothing; to ask would be to wait
+        sound = seen.isfinite().all()
+        with torch.no_grad():
+            for buffer, old in zip(self.buffers(), before):
+                buffer.copy_(torch.where(sound, buffer, old))
 
     def __getstate__(self):
         return {**self.__dict__, "_notes": None}  # a copy starts without notes

@@ -6,12 +6,12 @@ pixel sees (``seen_from``): slices, not masks. A step then costs what the patter
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .grid import Grid
 from .key_set import Everything, KeySet
-from .pattern import Pattern
+from .pattern import Past, Pattern
 
 
 class Store:
@@ -33,10 +33,20 @@ class Store:
         pieces = []
         for rows, columns in self.keys.seen_from(y, x, self.grid):
             columns = slice(columns.start - self.first, columns.stop - self.first, columns.step)
-            if self.rows < self.grid.height:  # rows come round, and their order does not matter
-                rows = [row % self.rows for row in range(rows.start, rows.stop, rows.step or 1)]
-            pieces.append([past[:, :, rows, columns].flatten(2, 3) for past in self.past])
+            for some in around(rows, self.rows) if self.rows < self.grid.height else [rows]:
+                pieces.append([past[:, :, some, columns].flatten(2, 3) for past in self.past])
         return pieces
+
+
+def around(rows: slice, size: int) -> list[slice]:
+    """Where a ring of ``size`` rows holds ``rows``, in their order: slices, for a list is copied to the device."""
+    start, step, found = rows.start, rows.step or 1, []
+    while start < rows.stop:
+        first = start % size
+        count = min(len(range(start, rows.stop, step)), len(range(first, size, step)))
+        found.append(slice(first, first + (count - 1) * step + 1, step))
+        start += count * step
+    return found
 
 
 class Whole(Store):
@@ -45,14 +55,24 @@ class Whole(Store):
     def __init__(self, pattern: Pattern, masked: bool, *args, **options):
         super().__init__(Everything(), *args, **options)
         self.pattern, self.masked = pattern, masked
+        self.row, self.indices = -1, ()  # of the image, and what each of its pixels sees
 
     def read(self, y, x):
         last = y * self.grid.width + x + 1
         past = [past.flatten(2, 3)[:, :, :last] for past in self.past]
-        if self.masked:
+        if self.masked or isinstance(self.pattern, Past):
             return [past]
-        seen = self.mask(y, x).nonzero()[:, 0]
-        return [past if len(seen) == last else [entries[:, :, seen] for entries in past]]
+        if y != self.row:  # a row at once: to count is to wait for the device
+            self.row, self.indices = y, self.seen(y)
+        return [[entries.index_select(2, self.indices[x]) for entries in past]]
+
+    def seen(self, y: int) -> tuple[Int[Tensor, "seen"], ...]:
+        """Raster indices that each pixel of row ``y`` sees."""
+        width, device = self.grid.width, self.past[0].device
+        x, place = torch.arange(width, device=device)[:, None], torch.arange((y + 1) * width, device=device)
+        mask = self.pattern.allowed(y, x, place // width, place % width, self.grid)
+        mask = mask.expand(width, len(place))
+        return mask.nonzero()[:, 1].split(mask.sum(dim=1).tolist())
 
     def mask(self, y, x):
         place = torch.arange(y * self.grid.width + x + 1, device=self.past[0].device)

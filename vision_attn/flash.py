@@ -7,20 +7,25 @@ identity that ring attention uses, Liu et al. 2023, https://arxiv.org/abs/2310.0
 only queries, keys, values, o and l are kept; every set adds its part to one output and to one gradient of each.
 """
 
-import functools
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from .grid import Grid
-from .key_set import Everything, KeySet
+from .key_set import Columns, Everything, KeySet, Rows, Tiles
 from .precision import at_least_float32
 from .traced import is_traced
 
 aten = torch.ops.aten
+
+BLOCKS = 65_535  # that a grid of CUDA has along its second and third axis
 
 
 class Cpu:
@@ -28,14 +33,14 @@ class Cpu:
 
     @staticmethod
     def forward(q, k, v, mask, causal, scale):
-        """Output (b, groups, queries, d) and log-sum-exp (b, groups, queries)."""
-        q, k, v, mask = map(_wide, (q, k, v, mask))
+        """Output (b, groups, queries, d) and log-sum-exp (b, groups, queries); mask (#b, #groups, #queries, keys)."""
+        q, k, v, mask = map(_wide, (q, k, v, _expanded(mask, q)))
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 
     @staticmethod
     def backward(slope, q, k, v, out, lse, mask, causal, scale):
         """Gradients of q, k and v."""
-        slope, q, k, v, out, mask = map(_wide, (slope, q, k, v, out, mask))
+        slope, q, k, v, out, mask = map(_wide, (slope, q, k, v, out, _expanded(mask, q)))
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             slope, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
@@ -45,70 +50,155 @@ class Cuda:
     """The memory-efficient kernel of torch on a CUDA device, in the tensors' own type; it sums in float32.
 
     Deviations from the kernel's own form: it returns the log-sum-exp of a multiple of 32 queries and wants it back so,
-    +inf behind the last; rows of a mask must begin at multiples of 16 numbers.
+    side by side, +inf behind the last; rows of a mask must begin at multiples of 16 numbers, all others at multiples of
+    16 bytes; in 16 bits its backward takes ``out`` to lie as it returned it, whatever the strides.
     """
 
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
     @staticmethod
     def forward(q, k, v, mask, causal, scale):
-        """Output (b, groups, queries, d) and log-sum-exp (b, groups, queries)."""
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-            q, k, v, _aligned(mask), True, 0.0, causal, scale=scale
-        )
-        return out, lse[..., : q.shape[2]].contiguous()
+        """Output (b, groups, queries, d) and log-sum-exp (b, groups, queries); mask (#b, #groups, #queries, keys)."""
+
+        def call(q, k, v, mask):
+            out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)
+            return out, lse[..., : q.shape[2]]
+
+        return by_launches(call, *map(_aligned, (q, k, v)), _expanded(_aligned_mask(mask), q))
 
     @staticmethod
     def backward(slope, q, k, v, out, lse, mask, causal, scale):
         """Gradients of q, k and v."""
-        lse = F.pad(lse.float(), (0, -lse.shape[-1] % 32), value=torch.inf)
         unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the state of a dropout of 0
-        return aten._scaled_dot_product_efficient_attention_backward(
-            slope.to(q.dtype),
-            *(q, k, v, _aligned(mask), out.to(q.dtype), lse, unused, unused, 0.0, [True, True, True, False], causal),
-            scale=scale,
-        )[:3]
+
+        def call(slope, q, k, v, out, lse, mask):
+            given = slope, q, k, v, mask, _as_returned(out), _padded(lse), unused, unused
+            return aten._scaled_dot_product_efficient_attention_backward(
+                *given, 0.0, [True, True, True, False], causal, scale=scale
+            )[:3]
+
+        slope, q, k, v = map(_aligned, (slope.to(q.dtype), q, k, v))
+        return by_launches(call, slope, q, k, v, out.to(q.dtype), lse.float(), _expanded(_aligned_mask(mask), q))
 
 
-def _aligned(mask: Tensor | None) -> Tensor | None:
-    if mask is None:
-        return None
-    keys = mask.shape[-1]
-    return F.pad(mask[:1], (0, -keys % 16))[..., :keys].expand(mask.shape)
+def by_launches(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """``call(*tensors)``, of (b, groups, …) each, on no more images or groups than a grid of CUDA has blocks."""
+    for axis in (0, 1):
+        if tensors[0].shape[axis] > BLOCKS:
+            pieces = zip(*(repeat(t) if t is None else t.split(BLOCKS, dim=axis) for t in tensors))
+            outs = [by_launches(call, *some) for some in pieces]
+            return tuple(torch.cat(some, dim=axis) for some in zip(*outs))
+    return call(*tensors)
 
 
-@functools.cache
-@torch.inference_mode(False)
-@torch.enable_grad()
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor, or a copy of it whose rows begin at multiples of 16 bytes."""
+    step = 16 // t.element_size()
+    if t.stride(-1) == 1 and not any(n % step for n in (*t.stride()[:-1], t.storage_offset())):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned_mask(mask: Tensor | None) -> Tensor | None:
+    """The mask, its rows beginning at multiples of 16 numbers."""
+    return None if mask is None else F.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
+
+
+def _as_returned(out: Tensor) -> Tensor:
+    """The output (b, groups, queries, d) in the layout in which the kernel returns it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _padded(lse: Tensor) -> Tensor:
+    """The log-sum-exp of a multiple of 32 queries, side by side."""
+    queries = lse.shape[-1]
+    padded = lse.new_full((*lse.shape[:2], queries + -queries % 32), torch.inf)
+    padded[..., :queries] = lse
+    return padded
+
+
+def _expanded(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if mask is None else mask.expand(*q.shape[:3], -1)
+
+
+_agrees: dict[tuple, bool] = {}  # of every kernel, device and type that was tried to the end
+
+
 def agrees(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a kernel gives what it should here, output, log-sum-exp and gradients; warns where it does not.
+    """Whether a kernel gives what it should here, outputs and gradients; warns where it does not.
 
-    It is private to torch and may change: this tries it on a small masked and a small causal case, once for each type.
+    It is private to torch and may change: `trial` merges a few small grids by it, once for each type. Where that can
+    not be done, while a CUDA graph is captured or of fake tensors, a kernel that was not tried before is not trusted;
+    this, and a trial that broke off, is not remembered.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for the trial.
     """
-    rng = torch.Generator().manual_seed(0)
-    try:
-        for queries, keys, causal in ((37, 29, False), (37, 37, True)):
-            q, k, v, slope = (torch.randn(2, 3, n, 16, generator=rng) for n in (queries, keys, keys, queries))
-            q, k, v, slope = (t.to(device, dtype) for t in (q, k, v, slope))
-            hidden = torch.rand(1, 3, queries, keys, generator=rng).to(device) < 0.3
-            mask = None if causal else torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
-            exact = [t.double().requires_grad_() for t in (q, k, v)]
-            scores = 0.25 * exact[0] @ exact[1].mT
-            future = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
-            scores = scores.masked_fill(future if causal else hidden, -torch.inf)
-            wanted = [scores.softmax(-1) @ exact[2], scores.logsumexp(-1)]
-            wanted += torch.autograd.grad(wanted[0], exact, slope.double())
-            mask = None if mask is None else mask.expand(2, -1, -1, -1)
-            out, lse = kernel.forward(q, k, v, mask, causal, 0.25)
-            got = [out, lse, *kernel.backward(slope, q, k, v, out, lse, mask, causal, 0.25)]
-            close = 2e-3 if dtype == torch.float32 else 3e-2  # of the largest: also in TF32
-            errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, wanted)]
-            if not max(errors) < close:
-                raise RuntimeError(f"relative errors {errors}")
-    except (RuntimeError, TypeError, AttributeError) as error:
-        warnings.warn(f"torch's kernel for {device} and {dtype} is not used: {error}", stacklevel=2)
-        return False
-    return True
+    key = kernel, device, dtype
+    if key not in _agrees:
+        if detect_fake_mode() is not None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return False
+        try:
+            # in a thread of its own, which no context of the caller reaches: inference, autocast, checkpointing
+            with ThreadPoolExecutor(1) as thread:
+                errors = thread.submit(trial, kernel, device, dtype).result()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError) as error:
+            _warn(device, dtype, error)
+            return False
+        close = 2e-3 if dtype == torch.float32 else 3e-2  # also in TF32
+        _agrees[key] = all(error < close for error in errors)  # false of NaN, too
+        if not _agrees[key]:
+            _warn(device, dtype, f"relative errors {errors}")
+    return _agrees[key]
+
+
+def _warn(device, dtype, why):
+    warnings.warn(f"torch's kernel for {device} and {dtype} is not used: {why}", stacklevel=4)
+
+
+class Above(Tiles):
+    """Every position with those of its tile that are in rows above: in its first row with none."""
+
+    def mask(self, grid, device):
+        (query, key), width = self.numbers(grid, device), grid.width
+        return (key[:, None] >= 0) & (key[:, None] // width < query[:, :, None] // width)
+
+
+def trial(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dtype) -> list[float]:
+    """Errors of what `merged` makes of a kernel, outputs and gradients; norms, as shares of what is right.
+
+    Tried is what key sets need of it: sets of which a query sees nothing, folds that are views and folds that are
+    copies, causality, keys that all see, several images, sizes that are multiples of 32 and such that are of nothing.
+    """
+    rng, errors = torch.Generator("cpu").manual_seed(0), []
+    for grid, channels, before in ((Grid(32, 11), 16, 0), (Grid(33, 5), 64, 5), (Grid(1, 9), 8, 1)):
+        y, x = (n.flatten() for n in torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))
+        (qy, ky), (qx, kx) = ((n[:, None], n) for n in (y, x))
+        in_row, above = (qy == ky) & (kx <= qx), ky < qy
+        for sets, seen in (
+            ((Rows(), Columns(with_self=False)), (qy == ky) | (qx == kx)),
+            ((Rows(causal=True), Columns(with_self=False, causal=True)), in_row | ((qx == kx) & above)),
+            ((Rows(causal=True), Above((3, 4))), in_row | ((qy // 3 == ky // 3) & (qx // 4 == kx // 4) & above)),
+        ):
+            shapes = [(4, *grid, channels)] * 3 + [(4, 1, before, channels)] * 2
+            numbers = [torch.randn(shape, generator=rng, dtype=torch.float32, device="cpu") for shape in shapes]
+            tensors = [t.to(device, dtype).requires_grad_() for t in numbers]
+            exact = [t.detach().double().requires_grad_() for t in tensors]
+            slope = torch.randn(shapes[0], generator=rng, dtype=torch.float32, device="cpu").to(device, dtype)
+            masks = [keys.mask(grid, device) for keys in sets]
+            scale = channels**-0.5
+            out = merged(kernel, sets, masks, grid, scale, *tensors)
+            q, *others = (t.flatten(1, 2) for t in exact)
+            k, v = (torch.cat([all_see, t], dim=1) for all_see, t in zip(others[2:], others[:2]))
+            seen = F.pad(seen, (before, 0), value=True)
+            wanted = ((scale * q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ v).reshape(out.shape)
+            pairs = zip(torch.autograd.grad(out, tensors, slope), torch.autograd.grad(wanted, exact, slope.double()))
+            for one, other in ((out, wanted), *pairs):
+                if one.numel():
+                    errors.append(((one.double() - other).norm() / other.norm()).item())
+    return errors
 
 
 def _wide(t: Tensor | None) -> Tensor | None:
@@ -153,14 +243,17 @@ def merged(
     Args:
         kernel: see `kernel_for`.
         sets: disjoint key sets; together they have every position as a query.
-        masks: additive mask (1, #groups, #queries, keys) of each set, or None.
+        masks: of each set, True where a query sees a key, (#groups, #queries, keys); None: everywhere.
         grid: of the positions.
         scale: factor on q · k.
         q, k, v: of the positions.
         k_before, v_before: of the keys that all see.
     """
     sets, masks = [*sets, Before()], [*masks, None]
-    out, _ = Merged.apply(kernel, sets, masks, grid, scale, q, k, v, k_before, v_before)
+    # what a kernel makes of a query that sees nothing is its own affair: it sees all, and is left out by hand
+    hidden = [None if mask is None else ~mask.any(dim=-1)[None] for mask in masks]
+    masks = [None if mask is None else additive(opened(mask), q.dtype) for mask in masks]
+    out, _ = Merged.apply(kernel, sets, masks, hidden, grid, scale, q, k, v, k_before, v_before)
     return out
 
 
@@ -168,15 +261,16 @@ class Merged(torch.autograd.Function):
     """Merges the sets' flash calls; each backward call gets the merged output and log-sum-exp."""
 
     @staticmethod
-    def forward(kernel, sets, masks, grid, scale, q, k, v, k_before, v_before):
+    def forward(kernel, sets, masks, hidden, grid, scale, q, k, v, k_before, v_before):
         parts, wide = [], at_least_float32(q)
-        for keys, mask in zip(sets, masks):
+        for keys, mask, unseen in zip(sets, masks, hidden):
             folded = _folded(keys, q, k, v, k_before, v_before)
             if folded[0].numel() and folded[1].numel():
-                out, lse = kernel.forward(*folded, _expanded(mask, folded[0]), keys.causal, scale)
-                parts.append((keys, out, lse[..., None]))
+                out, lse = kernel.forward(*folded, mask, keys.causal, scale)
+                parts.append((keys, out, _filled(lse, unseen, -torch.inf)[..., None]))
         logs = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts])
-        shares = logs.softmax(dim=0)  # exp(l_s - l) need not sum to 1 where l is large and rounds
+        # exp(l_s - l) need not sum to 1 where l is large and rounds; that of a query that sees nothing at all is NaN
+        shares = logs.softmax(dim=0).masked_fill(logs == -torch.inf, 0)
         merged = q.new_zeros(q.shape, dtype=wide)
         for (keys, out, _), share in zip(parts, shares):
             keys.add_queries(merged, out.mul_(keys.queries(share)))
@@ -184,32 +278,31 @@ class Merged(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.kernel, ctx.sets, masks, _, ctx.scale, *tensors = inputs
+        ctx.kernel, ctx.sets, masks, hidden, _, ctx.scale, *tensors = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*masks, *tensors, *output)
+        ctx.save_for_backward(*masks, *hidden, *tensors, *output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope, _):
-        saved = ctx.saved_tensors  # once: gradient checkpointing gives them a single time
-        masks, (*tensors, out, total) = saved[: len(ctx.sets)], saved[len(ctx.sets) :]
+        saved, n = ctx.saved_tensors, len(ctx.sets)  # once: gradient checkpointing gives them a single time
+        masks, hidden, (*tensors, out, total) = saved[:n], saved[n : 2 * n], saved[2 * n :]
         wide = at_least_float32(out)
         slope = _dense_rows(slope)
         slopes = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in tensors]
-        for keys, mask in zip(ctx.sets, masks):
+        for keys, mask, unseen in zip(ctx.sets, masks, hidden):
             q, k, v = _folded(keys, *tensors)
             if q.numel() and k.numel():
                 slope_here, out_here, lse = (_dense_rows(keys.queries(t)) for t in (slope, out, total))
-                parts = ctx.kernel.backward(
-                    slope_here, q, k, v, out_here, lse[..., 0], _expanded(mask, q), keys.causal, ctx.scale
-                )
+                lse = _filled(lse[..., 0], unseen, torch.inf)  # exp(score - inf): no weight
+                parts = ctx.kernel.backward(slope_here, q, k, v, out_here, lse, mask, keys.causal, ctx.scale)
                 keys.add_queries(slopes[0], parts[0])
                 for whole, before, part in zip(slopes[1:3], slopes[3:], parts[1:]):
                     if isinstance(keys, Before):
                         before += part
                     else:
                         keys.add_keys(whole, part)
-        return None, None, None, None, None, *(slope.to(out.dtype) for slope in slopes)
+        return *(None,) * 6, *(slope.to(out.dtype) for slope in slopes)
 
 
 def _folded(keys, q, k, v, k_before, v_before):
@@ -222,5 +315,15 @@ def _dense_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _expanded(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
+def _filled(lse: Tensor, where: Tensor | None, value: float) -> Tensor:
+    return lse if where is None else lse.masked_fill(where, value)
+
+
+def additive(mask: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "1 ..."]:
+    """A mask as what is added to scores: half of the least number, which a kernel may multiply by log2 e, hides."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min / 2)[None]
+
+
+def opened(mask: Bool[Tensor, "... keys"]) -> Bool[Tensor, "... keys"]:
+    """A mask in which a query that saw nothing sees everything: no kernel says what comes of nothing."""
+    return mask | ~mask.any(dim=-1, keepdim=True)

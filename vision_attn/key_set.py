@@ -43,7 +43,7 @@ def rows_and_columns(place: Int[Tensor, "..."], width) -> tuple[Int[Tensor, "...
 def add_at(fold: Callable[[Tensor], Tensor], whole: Tensor, part: Tensor) -> None:
     """Adds each entry of ``part`` where ``fold`` takes it from in ``whole``: the adjoint of ``fold``, in place."""
     target = fold(whole)
-    if target.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+    if torch._C._is_alias_of(target, whole):
         target += part.reshape(target.shape)
         return
     with torch.inference_mode(False), torch.enable_grad():  # the fold copies: autograd knows its adjoint

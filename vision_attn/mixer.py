@@ -254,9 +254,10 @@ def heads_for(patterns: int, dim: int, key_dim: int | None = None) -> int | None
         return next((n for n in range(max(patterns, dim // 32), dim + 1) if dim % n == key_dim % n == 0), None)
 
 
-def warn_of_blind_spot(mixer: Mixer) -> None:
-    """Warns if the pattern of a mixer is causal and leaves part of the past unheard at any depth."""
-    if mixer.pattern.causal and (missing := blind_spot([mixer.pattern])):
+def warn_of_blind_spot(mixer: Mixer, pattern: Pattern | None = None) -> None:
+    """Warns if the pattern of a mixer (None: its own) is causal and leaves part of the past unheard at any depth."""
+    pattern = mixer.pattern if pattern is None else pattern
+    if pattern.causal and (missing := blind_spot([pattern])):
         name = type(mixer).__module__.rpartition(".")[2]
         warnings.warn(
             f"causal {name} alone leaves {missing} of 903 past pairs on a 6×7 grid unheard at any depth: "

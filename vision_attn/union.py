@@ -11,12 +11,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from .flash import kernel_for, merged
+from .flash import BLOCKS, additive, by_launches, kernel_for, merged, opened
 from .grid import Grid
 from .key_set import Everything, KeySet
 from .pattern import All, Past, Pattern
 from .precision import at_least_float32, is_slow
-from .traced import fixed
+from .traced import fixed, is_traced
 
 
 def attend(
@@ -74,7 +74,19 @@ def flash(
     q, k = q.to(v.dtype), k.to(v.dtype)
     width, wider = v.shape[-1], fixed(q.shape[-1] - v.shape[-1])
     v = F.pad(v, (0, wider)) if wider > 0 else v
-    return F.scaled_dot_product_attention(q, k, v, **options)[..., :width]
+    return _by_launches(q, k, v, **options)[..., :width]
+
+
+def _by_launches(q, k, v, attn_mask=None, **options):
+    """Torch's attention, of no more images and groups in a call than its kernels take on CUDA."""
+    if is_traced() or max(q.shape[:2]) <= BLOCKS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+    mask = None if attn_mask is None else attn_mask.expand(*q.shape[:2], -1, -1)
+
+    def call(q, k, v, mask):
+        return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options),)
+
+    return by_launches(call, q, k, v, mask)[0]
 
 
 def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
@@ -101,7 +113,7 @@ def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
         seen = None if seen is None else F.pad(seen, (prefix, 0), value=True)
         k, v = (torch.cat([p.expand(-1, t.shape[1], -1, -1), t], dim=2) for p, t in zip(before, (k, v)))
         bias = None if bias is None else F.pad(bias, (prefix, 0))
-    mask = _additive(seen, q.dtype)
+    mask = None if seen is None else additive(opened(seen), q.dtype)
     if bias is not None:
         mask = bias if mask is None else bias + mask
     if mask is not None:
@@ -112,7 +124,7 @@ def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
 
 def _merged(kernel, q, k, v, before, grid, key_sets, scale):
     sets = [part for keys in key_sets for part in keys.parts(grid)]
-    masks = [_additive(keys.mask(grid, q.device), q.dtype) for keys in sets]
+    masks = [keys.mask(grid, q.device) for keys in sets]
     return merged(kernel, sets, masks, grid, scale, q, k, v, *before)
 
 
@@ -125,8 +137,9 @@ def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
         scores.append(Everything().place(Everything().queries(q) @ before[0].transpose(-2, -1), grid))
     for keys in key_sets:
         seen = keys.queries(q) @ keys.keys(k).transpose(-2, -1)
-        mask = _additive(_with_causal(keys, grid, q.device), q.dtype)
-        scores.append(keys.place(seen if mask is None else seen + mask, grid, torch.finfo(q.dtype).min))
+        mask = _with_causal(keys, grid, q.device)
+        seen = seen if mask is None else seen + additive(mask, q.dtype)
+        scores.append(keys.place(seen, grid, torch.finfo(q.dtype).min))
     weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=at_least_float32(q))
     weights = F.dropout(weights.to(v.dtype), dropout).split([s.shape[-1] for s in scores], dim=-1)
     out = sum(keys.place(keys.queries(w) @ keys.keys(v), grid) for keys, w in zip(key_sets, weights[-len(key_sets) :]))
@@ -141,10 +154,3 @@ def _with_causal(keys: KeySet, grid, device):
         return keys.mask(grid, device)
     number, _ = keys.numbers(grid, device)
     return torch.ones(1, number.shape[1], number.shape[1], dtype=torch.bool, device=device).tril()
-
-
-def _additive(mask, dtype):
-    """A bool mask as a bias. The smallest finite number, so that a group of nothing but padding stays finite."""
-    if mask is None:
-        return None
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[None]

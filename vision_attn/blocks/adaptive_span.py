@@ -97,7 +97,7 @@ class Block(Mixer):
         self.window = self.window_of(span)
         self.reach = nn.Parameter(torch.empty(self.num_heads, device=device, dtype=dtype))  # z / S
         self.reset_parameters()
-        warn_of_blind_spot(self)
+        warn_of_blind_spot(self, self.window_of(span * init))  # as `pattern`, which would wait for the device
 
     def reset_parameters(self) -> None:
         """Sets all spans to ``init`` · ``span``."""

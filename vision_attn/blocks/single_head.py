@@ -89,7 +89,8 @@ class Block(PatternMixer):
 
     def boom(self, z: Float[Tensor, "*B dim"]) -> Float[Tensor, "*B dim"]:
         """A feed-forward layer without the second matrix: the wide activations are summed, chunk by chunk."""
-        return F.gelu(self.proj(z)).unflatten(-1, (-1, self.dim)).sum(dim=-2)
+        wide = F.gelu(self.proj(z)).unflatten(-1, (-1, self.dim))
+        return wide.sum(dim=-2, dtype=wide.dtype)  # CUDA's autocast would give float32
 
 
 class Gates(nn.Module):
