@@ -40,7 +40,7 @@ from ..grid import Grid
 from ..key_set import Everything, Only, Tiles, rows_and_columns
 from ..mixer import PatternMixer, warn_of_blind_spot
 from ..pattern import Directed, Global, Past, PerHead
-from ..precision import is_slow
+from ..precision import is_slow, outside_autocast
 from ..union import flash
 
 ROWS = 256  # tiles with draws of their own
@@ -147,7 +147,8 @@ class Block(PatternMixer):
 
     def mix(self, q, k, v, grid):
         if is_slow(v):
-            return self.mix(q.float(), k.float(), v.float(), grid).half()
+            with outside_autocast(v):
+                return self.mix(q.float(), k.float(), v.float(), grid).half()
         heads, prefix, fold = q.shape[1], grid.prefix_of(q.shape[2]), Tiles((self.side, self.side))
         first = prefix + torch.sym_min(self.tokens, grid.size)  # tokens that all see
         seen, place = self.seen(grid), fold.numbers(grid, q.device)[0]  # (heads, tiles, m), (tiles, side²)

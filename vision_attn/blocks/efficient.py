@@ -11,6 +11,7 @@ Deviations: heads are of the authors' code (the paper: one). The residual is the
 from .. import check
 from ..kernel import attend
 from ..mixer import Mixer
+from ..precision import at_least_float32
 
 
 class Block(Mixer):
@@ -24,7 +25,8 @@ class Block(Mixer):
         super().__init__(dim, num_heads, **mixer)
 
     def mix(self, q, k, v, grid):
-        return attend(q.softmax(dim=-1), k.softmax(dim=-2), v)
+        wide = at_least_float32(v)  # as their gradients, of products with v, may leave float16
+        return attend(q.softmax(dim=-1, dtype=wide), k.softmax(dim=-2, dtype=wide), v)
 
     def weights(self, q, k, grid):
         rho_q = q.exp() / q.exp().sum(dim=3, keepdim=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import check
 from ..gate import Gate
-from ..precision import at_least_float32, outside_autocast
+from ..precision import at_least_float32, outside_autocast, scaled
 
 
 class Block(Gate):
@@ -68,7 +68,7 @@ class Block(Gate):
         with outside_autocast(x):  # its gradient, a sum over channels, may leave float16
             context = torch.einsum("bchw,bhw->bc", x.to(wide), self.shares(x)).to(x.dtype)
         if self.multiply is not None:
-            x = x * self.multiply(context).sigmoid()[:, :, None, None]
+            x = scaled(x, self.multiply(context).to(wide).sigmoid()[:, :, None, None])
         if self.add is not None:
             x = x + self.add(context)[:, :, None, None]
         return x

@@ -80,7 +80,8 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         if is_slow(v):
-            return self.mix(q.float(), k.float(), v.float(), grid).half()
+            with outside_autocast(v):
+                return self.mix(q.float(), k.float(), v.float(), grid).half()
         prefix = grid.prefix_of(q.shape[2])
         wide = at_least_float32(v)
         with outside_autocast(v):

@@ -35,7 +35,7 @@ from ..by_rows import in_chunks
 from ..key_set import Tiles, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Directed, complete
-from ..precision import is_slow
+from ..precision import is_slow, outside_autocast
 
 ROWS = 1024  # queries that share a mask
 
@@ -95,9 +95,10 @@ class Block(Mixer):
             nn.init.zeros_(self.null)
 
     def mix(self, q, k, v, grid):
-        prefix, dtype = grid.prefix_of(q.shape[2]), v.dtype
         if is_slow(v):
-            q, k, v = q.float(), k.float(), v.float()
+            with outside_autocast(v):
+                return self.mix(q.float(), k.float(), v.float(), grid).half()
+        prefix = grid.prefix_of(q.shape[2])
         keys, values = self.blocks(k[:, :, prefix:], grid), self.blocks(v[:, :, prefix:], grid)
         # (B, heads, blocks, p q, d)
         # not einops, for which a parameter is a type of its own, a reason to compile again
@@ -111,14 +112,14 @@ class Block(Mixer):
         keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
         attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout, scale=self.scale)
         if not self.causal:
-            return attend(q, keys, values).to(dtype)
+            return attend(q, keys, values)
         last = self.last_pixels(grid, q.device)
         seen = torch.cat([torch.arange(-prefix, 1, device=q.device), last])  # prefix tokens, the null key, blocks
 
         def of_some(q, rows):
             return attend(q, keys, values, attn_mask=seen <= (rows - prefix).clamp(min=-1)[:, None])
 
-        return in_chunks(of_some, q, ROWS).to(dtype)
+        return in_chunks(of_some, q, ROWS)
 
     def blocks(self, t, grid):
         """Positions (B, heads, N, d) by block, (B, heads, blocks, pixels of a block, d), padded with zeros."""

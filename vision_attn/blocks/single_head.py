@@ -32,6 +32,7 @@ from .. import check
 from ..grid import Grid
 from ..mixer import PatternMixer
 from ..pattern import All, Past
+from ..precision import at_least_float32, scaled
 
 
 class Block(PatternMixer):
@@ -105,8 +106,10 @@ class Gated(nn.Linear):
         projected = super().forward(x)
         q, k = (projected, x) if len(self.q_gate) == self.in_features else projected.chunk(2, dim=-1)
         f, c = self.over(self.v_gate.sigmoid()).chunk(2)
-        gated = self.q_gate.sigmoid() * self.norm(q), self.k_gate.sigmoid() * k, f.sigmoid() * c.tanh() * x
-        return torch.cat(gated, dim=-1)
+        wide = at_least_float32(x)
+        q_gate, k_gate, f, c = (t.to(wide) for t in (self.q_gate, self.k_gate, f, c))
+        gates = q_gate.sigmoid(), k_gate.sigmoid(), f.sigmoid() * c.tanh()
+        return torch.cat([scaled(t, gate) for t, gate in zip((self.norm(q), k, x), gates)], dim=-1)
 
 
 class Boom(nn.Linear):

@@ -22,7 +22,7 @@ from torch import nn
 from .. import check
 from ..grid import Grid
 from ..mixer import Mixer
-from ..precision import at_least_float32
+from ..precision import at_least_float32, in_range, outside_autocast
 
 
 class Block(Mixer):
@@ -141,9 +141,13 @@ class Cycle(nn.Module):
 
     def of_pixels(self, relay, pixels, start, grid):
         """The pixels (B, N, dim) after looking at their ring, their beginning and the relay."""
-        (q, k, v), (_, own_k, own_v), (_, relay_k, relay_v) = (
-            heads(self.ring, t) for t in (self.norm(pixels), start, relay)
-        )
+        (q, k, v), (_, *own), (_, *relay) = (heads(self.ring, t) for t in (self.norm(pixels), start, relay))
+        with outside_autocast(v):
+            out = self.drawn(*map(in_range, (q, k, v, *own, *relay)), grid)
+        return F.leaky_relu(self.ring.proj(out.to(v.dtype).transpose(1, 2).flatten(2)))
+
+    def drawn(self, q, k, v, own_k, own_v, relay_k, relay_v, grid):
+        """What the pixels (B, heads, N, d) draw from their ring, their beginning and the relay."""
         wide = at_least_float32(v)
         ring_k, ring_v, inside = (
             self.around(k, grid),
@@ -154,13 +158,13 @@ class Cycle(nn.Module):
         seen = torch.stack([near[..., 0] for near in inside], dim=-1) > 0
         own = (q * own_k).sum(dim=-1, keepdim=True, dtype=wide)
         scores = [scores.masked_fill(~seen, -torch.inf), own, (q @ relay_k.mT).to(wide)]
-        sizes = [len(ring_k), 1, relay.shape[1]]
+        sizes = [len(ring_k), 1, relay_k.shape[2]]
         weights = (torch.cat(scores, dim=-1) * self.ring.scale).softmax(dim=-1).to(v.dtype)
         to_ring, to_own, to_relay = weights.split(sizes, dim=-1)
         out = to_own * own_v + to_relay @ relay_v
         for weight, near in zip(to_ring.unbind(dim=-1), ring_v):
             out = out + weight[..., None] * near
-        return F.leaky_relu(self.ring.proj(out.transpose(1, 2).flatten(2)))
+        return out
 
     def around(self, t, grid):
         """The tokens (B, heads, N, d) one offset of the ring away, for each offset; zeros beyond the border."""
