@@ -9,9 +9,10 @@ before the pixel or ending with it; before the first there is nothing to see, so
 worth nothing, stands beside them. The newest pixels are then left to other layers or heads, as in the paper, which
 alternates with local attention. Prefix tokens are seen as they are; ``qk_norm`` comes before the convolution.
 The paper compresses a line of text by 3; blocks of pixels are its reading in two dimensions, which PVT has too.
-Deviations: values are convolved with one kernel w for all channels of a head, so that the output stays weights @ v
-(the paper: a full convolution; mixing channels is left to the projections). The scale is that of a head's width (a
-well-known reimplementation: of all heads together) and the null value is 0 (there: learned).
+Deviations: values are convolved with one kernel w for all channels of a head, so that the output stays weights @ v (the
+paper: a full convolution; mixing channels is left to the projections). The scale is that of a head's width (a
+well-known reimplementation: of all heads together) and the null value is 0 (there: learned). PVT convolves the input,
+over all channels, and norms it (LayerNorm) before keys and values are made of it; here neither.
 
 >>> from vision_attn import Grid
 >>> print(Complete((2, 3), past=True).draw(Grid(5, 8), 3, 5))

@@ -12,8 +12,9 @@ More heads than one, and ``key_dim`` other than ``dim`` (keys then take a matrix
 are for hosts that have them.
 Deviations: no LSTM before the attention, whose place in an image is that of the host's layers. Norms of the input (the
 code: one of queries, one of keys and values) and the residual around both steps are the host's; that the code norms the
-residual itself between them is left out. GELU is exact (the code: x σ(1.702 x)). Weights start as torch's layers do,
-gates at σ(0) as in the code.
+residual itself between them is left out. LayerNorms have torch's ε of 1e-5 (the code: 1e-12), and U gives f before c
+(the code: after it). GELU is exact (the code: x σ(1.702 x)). Weights start as torch's layers do, gates at σ(0) as in
+the code.
 
 >>> from vision_attn import Grid
 >>> print(Past().draw(Grid(3, 5), 1, 3))
