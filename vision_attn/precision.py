@@ -24,6 +24,20 @@ def is_slow(x: Tensor) -> bool:
     return x.dtype == torch.float16 and x.device.type == "cpu"
 
 
+def in_range(x: Tensor) -> Tensor:
+    """``x`` as it is, or in float32 if it is float16, for sums and products that may leave its range."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def scaled(x: Tensor, gate: Tensor) -> Tensor:
+    """x · gate, in the type of ``x``, for a gate in at least float32 that is broadcast.
+
+    The gradient of the gate is a sum over all that it is broadcast to. It may leave float16 where what becomes of it,
+    behind a sigmoid say, is small.
+    """
+    return (x * gate).to(x.dtype) if x.dtype == torch.float16 else x * gate.to(x.dtype)
+
+
 def outside_autocast(x: Tensor):
     """A context in which torch multiplies in the types it is given, on the device of ``x``."""
     # the meta device has no autocast

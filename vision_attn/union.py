@@ -15,7 +15,7 @@ from .flash import BLOCKS, additive, by_launches, kernel_for, merged, opened
 from .grid import Grid
 from .key_set import Everything, KeySet
 from .pattern import All, Past, Pattern
-from .precision import at_least_float32, is_slow
+from .precision import at_least_float32, is_slow, outside_autocast
 from .traced import fixed, is_traced
 
 
@@ -37,7 +37,8 @@ def attend(
     """
     if is_slow(v):  # and scores may pass the least float16, a mask
         bias = None if bias is None else bias.float()
-        out = attend(q.float(), k.float(), v.float(), grid, pattern, scale=scale, dropout=dropout, bias=bias)
+        with outside_autocast(v):
+            out = attend(q.float(), k.float(), v.float(), grid, pattern, scale=scale, dropout=dropout, bias=bias)
         return out.half()
     prefix = grid.prefix_of(q.shape[2])
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave normalised queries and keys wider

@@ -9,8 +9,9 @@ steps see the input and their outputs are added; one such layer hears its row an
 of that many pixels and resized linearly to any other.
 Deviations: scores are scaled by d^-½ (Axial-DeepLab: BatchNorm over the scores, which mixes the images of a batch).
 Positions act on queries and keys; its value term r^v is left out, so that the output stays weights @ v, as are its
-BatchNorms of qkv and output; its queries and keys are half as wide (``key_dim``), and it has no ``proj``. Ho et al.
-have no r. The sum is a reading of their layer that common code has made usual.
+BatchNorms of qkv and output; its queries and keys are half as wide (``key_dim``), and it has no ``proj``. Its code
+counts r^q the other way, by u - v. Ho et al. have no r. The sum is a reading of their layer that common code has made
+usual.
 
 >>> from vision_attn import Grid
 >>> print(Column().draw(Grid(3, 5), 1, 3))

@@ -12,8 +12,8 @@ With ``causal=True`` tiles are drawn among earlier ones, and all is cut to what 
 pixels of later tiles, right of a pixel in the rows above it, are left to other layers but for those beside.
 Blocks on a line of text become tiles. The paper's three parts are exact; every tile has nearly the same chance.
 Deviations: the tiles to choose from are split into ``drawn`` runs with one drawn from each, so that none is drawn twice
-(the code draws without replacement), global positions not excepted. The code's global blocks are the first and the
-last.
+(the code draws without replacement), global positions not excepted. At the paper's lengths the code draws among the
+first 1,024 positions alone. Its global blocks are the first and the last.
 
 >>> from vision_attn import Grid
 >>> print(Block(32, tile=2, drawn=2, tokens=3, seed=1).pattern.by_head()[0].draw(Grid(9, 13), 3, 4))
@@ -40,7 +40,7 @@ from ..grid import Grid
 from ..key_set import Everything, Only, Tiles, rows_and_columns
 from ..mixer import PatternMixer, warn_of_blind_spot
 from ..pattern import Directed, Global, Past, PerHead
-from ..precision import is_slow
+from ..precision import is_slow, outside_autocast
 from ..traced import least
 from ..union import flash
 
@@ -148,7 +148,8 @@ class Block(PatternMixer):
 
     def mix(self, q, k, v, grid):
         if is_slow(v):
-            return self.mix(q.float(), k.float(), v.float(), grid).half()
+            with outside_autocast(v):
+                return self.mix(q.float(), k.float(), v.float(), grid).half()
         heads, prefix, fold = q.shape[1], grid.prefix_of(q.shape[2]), Tiles((self.side, self.side))
         first = prefix + least(self.tokens, grid.size)  # tokens that all see
         seen, place = self.seen(grid), fold.numbers(grid, q.device)[0]  # (heads, tiles, m), (tiles, side²)

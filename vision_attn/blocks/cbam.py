@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import check
 from ..gate import Gate
+from ..precision import at_least_float32, scaled
 
 
 class Block(Gate):
@@ -62,25 +63,25 @@ class Block(Gate):
             self.spatial = nn.Sequential(conv, nn.BatchNorm2d(1, momentum=0.01, **dd))
 
     def gate(self, x):
-        x = x * self.channel_gate(x)
-        return x if self.spatial is None else x * self.spatial_gate(x)
+        x = scaled(x, self.channel_gate(x))
+        return x if self.spatial is None else scaled(x, self.spatial_gate(x))
 
     def channel_gate(self, x):
-        """(B, C, 1, 1), in [0, 1]."""
+        """(B, C, 1, 1), in [0, 1] and at least float32."""
         largest = x.flatten(2).max(dim=2).values  # amax has a slower backward
         scores = self.mlp(x.mean(dim=(2, 3))) + self.mlp(largest)
-        return scores.sigmoid()[:, :, None, None]
+        return scores.to(at_least_float32(scores)).sigmoid()[:, :, None, None]
 
     def spatial_gate(self, x):
-        """(B, 1, H, W), in [0, 1]."""
+        """(B, 1, H, W), in [0, 1] and at least float32."""
         pooled = torch.cat([x.max(dim=1, keepdim=True).values, x.mean(dim=1, keepdim=True)], dim=1)
-        return self.spatial(pooled).sigmoid()
+        return self.spatial(pooled).to(at_least_float32(x)).sigmoid()
 
     def attention_map(self, x):
         x = self.checked(x)
         if self.spatial is None:
             return torch.ones_like(x[:, 0])
-        return self.spatial_gate(x * self.channel_gate(x))[:, 0]
+        return self.spatial_gate(scaled(x, self.channel_gate(x)))[:, 0].to(x.dtype)
 
     def reference(self, x):
         first, last = self.mlp[0], self.mlp[2]

@@ -14,6 +14,7 @@ from torch import nn
 from .. import check
 from ..kernel import attend
 from ..mixer import Mixer
+from ..precision import at_least_float32
 
 
 class Block(Mixer):
@@ -55,7 +56,8 @@ class Block(Mixer):
             self.proj = nn.Linear(value_dim, dim, bias=proj_bias, **dd)
 
     def mix(self, q, k, v, grid):
-        return attend(q.softmax(dim=-1), k.softmax(dim=-2), v)
+        wide = at_least_float32(v)  # as their gradients, of products with v, may leave float16
+        return attend(q.softmax(dim=-1, dtype=wide), k.softmax(dim=-2, dtype=wide), v)
 
     def weights(self, q, k, grid):
         rho_q = q.exp() / q.exp().sum(dim=3, keepdim=True)

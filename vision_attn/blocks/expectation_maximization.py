@@ -1,6 +1,6 @@
 """Expectation-maximization attention: the image is explained by a few bases, and redrawn from them.
 
-Li et al. 2019, EMANet, https://arxiv.org/abs/1909.13426
+Li et al. 2019, EMANet, https://arxiv.org/abs/1907.13426
     E: z = softmax over the bases of x₁ μ      M: μ = normalised(x₁ᵀ z / Σ_n z)      three times, from the stored μ
     y = x + BN(W₂ ReLU(μ zᵀ))                  x₁ = W₁ x
 Cost: 7 N K d

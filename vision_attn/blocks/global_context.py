@@ -6,8 +6,9 @@ Cao et al. 2019, GCNet, https://arxiv.org/abs/1904.11492
 Cost: 2 N d + d² / 8
 With ``fusion="both"`` each has its own transform; ``pooling="average"`` takes the mean over pixels for c.
 Deviations: the last W₂ is not zero at the start (the code: zero, so that adding starts as identity). A layer's zero
-gain gives that for every fusion, and the two zeros together would never train. The bottleneck has at least 4
-channels, and linear layers start as torch's do (the code: Kaiming).
+gain gives that for every fusion, and the two zeros together would never train. The bottleneck has at least 4 channels,
+and linear layers start as torch's do (the code: Kaiming). The LayerNorm has the code's ε, but weights of shape
+(hidden,) (the code: (hidden, 1, 1)).
 """
 
 from typing import Literal
@@ -17,7 +18,7 @@ from torch import nn
 
 from .. import check
 from ..gate import Gate
-from ..precision import at_least_float32, outside_autocast, weight_of
+from ..precision import at_least_float32, outside_autocast, scaled, weight_of
 
 
 class Block(Gate):
@@ -68,7 +69,7 @@ class Block(Gate):
         with outside_autocast(x):  # its gradient, a sum over channels, may leave float16
             context = torch.einsum("bchw,bhw->bc", x.to(wide), self.shares(x)).to(x.dtype)
         if self.multiply is not None:
-            x = x * self.multiply(context).sigmoid()[:, :, None, None]
+            x = scaled(x, self.multiply(context).to(wide).sigmoid()[:, :, None, None])
         if self.add is not None:
             x = x + self.add(context)[:, :, None, None]
         return x

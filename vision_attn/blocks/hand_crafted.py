@@ -8,8 +8,9 @@ the heads have, in order; by default the row, the column and a step to each side
 fewer. A step stops at the border. With ``causal=True`` rows and columns end at the pixel itself, and the row above
 joins them: without it, what is right of a pixel in the rows above is never heard.
 Prefix tokens look at all tokens alike (causal: at one another), and positions do not look at them.
-The source crafts attention for a line of audio frames by hand (fixed diagonals, blocks and verticals); these are
-their counterparts on a grid.
+The source crafts attention for a line of audio frames by hand (fixed diagonals, blocks and verticals); these are their
+counterparts on a grid. Its present title is Input-independent Attention Weights Are Expressive Enough; the name here is
+that of the first version, Hand-crafted Attention is All You Need?
 Deviations: see above; ``key_dim`` has no effect; the source's other baselines without q · k are a block of their own,
 `synthesizer`.
 

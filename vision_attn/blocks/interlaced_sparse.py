@@ -6,11 +6,11 @@ Huang et al. 2019, ISA; Yuan et al. 2021, OCNet, https://arxiv.org/abs/1907.1227
 Cost: 2 N (N / f² + f²) d
 Two steps, each with its own projections; together every pixel hears every other where the size is a multiple of the
 factor. Elsewhere the pixels of a cut window miss those whose place it lacks (14×14 with factor 8: 88 % are heard).
-Deviations: padding is masked in both steps (the authors' code attends to it: at 9×9 with factor 4, 38 % of the
-long-range weight falls on zeros), and put at the bottom and right instead of on both sides, so that the grouping
-does not move with the size. Projections are linear (the code: convolution, BatchNorm, ReLU, twice for q and k), so
-that the block also fits the tokens of a ViT, with any number of heads (the code: one); the residual and the 1×1
-convolution around the module are the host's.
+Deviations: padding is masked in both steps (the authors' code attends to it: in an untrained block in eval mode, at 9×9
+with factor 4, 38 % of the long-range weight falls on zeros), and put at the bottom and right instead of on both sides,
+so that the grouping does not move with the size. Projections are linear (the code: convolution, BatchNorm, ReLU, twice
+for q and k), so that the block also fits the tokens of a ViT, with any number of heads (the code: one); the residual
+and the 1×1 convolution around the module are the host's.
 
 >>> from vision_attn import Grid
 >>> print(Apart(factor=(2, 3)).draw(Grid(5, 7), 2, 4))

@@ -7,8 +7,9 @@ No projections and no softmax: θ, φ and g are the input itself, the first ``ra
 ``stride``-th pixel of it. θ (φᵀ g) and (θ φᵀ) g are the same, and the one with fewer multiply-adds is taken. A
 depthwise 3 × 3 convolution and a BatchNorm follow.
 Deviations: the BatchNorm starts at 1 and the gain of the host's layer at 0 (the code: the norm at 0). Products are
-summed in at least float32, and cut off at a sixteenth of the range of the map's own type. The authors search ρ and s
-for each layer of a network; here they are arguments.
+summed in at least float32, and cut off at a sixteenth of the range of the map's own type. ρC is rounded, to at least 1
+(the code: down). The BatchNorm has torch's ε of 1e-5 and momentum of 0.1 (the code: 1e-3 and, so counted, 0.01). The
+authors search ρ and s for each layer of a network; here they are arguments.
 """
 
 import torch

@@ -10,7 +10,9 @@ entry is spread over the pixels that share its part of the axis, so that sums st
 layers is the host's). ``projection="mean"`` is its pooling variant: means over k_H × k_W equal parts of the image, with
 nothing to learn.
 Prefix tokens are not projected: they stand beside the projected keys.
-Deviations: the factoring over axes. Rows of ``weights``, softmax times F, sum to 1 for means only, as in the paper.
+Deviations: the factoring over axes. The authors' code projects the input down and makes keys and values of that, so
+that their biases are added once; here E and F sum them. Rows of ``weights``, softmax times F, sum to 1 for means only,
+as in the paper.
 """
 
 from typing import Literal
@@ -80,7 +82,8 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         if is_slow(v):
-            return self.mix(q.float(), k.float(), v.float(), grid).half()
+            with outside_autocast(v):
+                return self.mix(q.float(), k.float(), v.float(), grid).half()
         prefix = grid.prefix_of(q.shape[2])
         wide = at_least_float32(v)
         with outside_autocast(v):

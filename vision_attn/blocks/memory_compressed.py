@@ -9,9 +9,10 @@ before the pixel or ending with it; before the first there is nothing to see, so
 worth nothing, stands beside them. The newest pixels are then left to other layers or heads, as in the paper, which
 alternates with local attention. Prefix tokens are seen as they are; ``qk_norm`` comes before the convolution.
 The paper compresses a line of text by 3; blocks of pixels are its reading in two dimensions, which PVT has too.
-Deviations: values are convolved with one kernel w for all channels of a head, so that the output stays weights @ v
-(the paper: a full convolution; mixing channels is left to the projections). The scale is that of a head's width (a
-well-known reimplementation: of all heads together) and the null value is 0 (there: learned).
+Deviations: values are convolved with one kernel w for all channels of a head, so that the output stays weights @ v (the
+paper: a full convolution; mixing channels is left to the projections). The scale is that of a head's width (a
+well-known reimplementation: of all heads together) and the null value is 0 (there: learned). PVT convolves the input,
+over all channels, and norms it (LayerNorm) before keys and values are made of it; here neither.
 
 >>> from vision_attn import Grid
 >>> print(Complete((2, 3), past=True).draw(Grid(5, 8), 3, 5))
@@ -35,7 +36,7 @@ from ..by_rows import in_chunks
 from ..key_set import Tiles, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Directed, complete
-from ..precision import is_slow
+from ..precision import is_slow, outside_autocast
 
 ROWS = 1024  # queries that share a mask
 
@@ -95,9 +96,10 @@ class Block(Mixer):
             nn.init.zeros_(self.null)
 
     def mix(self, q, k, v, grid):
-        prefix, dtype = grid.prefix_of(q.shape[2]), v.dtype
         if is_slow(v):
-            q, k, v = q.float(), k.float(), v.float()
+            with outside_autocast(v):
+                return self.mix(q.float(), k.float(), v.float(), grid).half()
+        prefix = grid.prefix_of(q.shape[2])
         keys, values = self.blocks(k[:, :, prefix:], grid), self.blocks(v[:, :, prefix:], grid)
         # (B, heads, blocks, p q, d)
         # not einops, for which a parameter is a type of its own, a reason to compile again
@@ -111,14 +113,14 @@ class Block(Mixer):
         keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
         attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout, scale=self.scale)
         if not self.causal:
-            return attend(q, keys, values).to(dtype)
+            return attend(q, keys, values)
         last = self.last_pixels(grid, q.device)
         seen = torch.cat([torch.arange(-prefix, 1, device=q.device), last])  # prefix tokens, the null key, blocks
 
         def of_some(q, rows):
             return attend(q, keys, values, attn_mask=seen <= (rows - prefix).clamp(min=-1)[:, None])
 
-        return in_chunks(of_some, q, ROWS).to(dtype)
+        return in_chunks(of_some, q, ROWS)
 
     def blocks(self, t, grid):
         """Positions (B, heads, N, d) by block, (B, heads, blocks, pixels of a block, d), padded with zeros."""

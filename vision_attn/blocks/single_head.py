@@ -12,8 +12,9 @@ More heads than one, and ``key_dim`` other than ``dim`` (keys then take a matrix
 are for hosts that have them.
 Deviations: no LSTM before the attention, whose place in an image is that of the host's layers. Norms of the input (the
 code: one of queries, one of keys and values) and the residual around both steps are the host's; that the code norms the
-residual itself between them is left out. GELU is exact (the code: x σ(1.702 x)). Weights start as torch's layers do,
-gates at σ(0) as in the code.
+residual itself between them is left out. LayerNorms have torch's ε of 1e-5 (the code: 1e-12), and U gives f before c
+(the code: after it). GELU is exact (the code: x σ(1.702 x)). Weights start as torch's layers do, gates at σ(0) as in
+the code.
 
 >>> from vision_attn import Grid
 >>> print(Past().draw(Grid(3, 5), 1, 3))
@@ -32,6 +33,7 @@ from .. import check
 from ..grid import Grid
 from ..mixer import PatternMixer
 from ..pattern import All, Past
+from ..precision import at_least_float32, scaled
 
 
 class Block(PatternMixer):
@@ -113,8 +115,11 @@ class Gates(nn.Module):
     def forward(self, x: Float[Tensor, "B tokens dim"], projected: Float[Tensor, "B tokens q_k"]):
         """Queries, keys and values of ``x``, whose queries, and keys if their width is their own, are projected."""
         q, k = projected.chunk(2, dim=-1) if self.keys_projected else (projected, x)
-        f, c = self.over(self.v_gate.sigmoid()[None]).chunk(2, dim=-1)  # (1, dim): no quantised layer takes a vector
-        return self.q_gate.sigmoid() * self.norm(q), self.k_gate.sigmoid() * k, f.sigmoid() * c.tanh() * x
+        wide = at_least_float32(x)
+        of_v = self.over(self.v_gate.sigmoid()[None]).to(wide)  # (1, 2 dim): no quantised layer takes a vector
+        f, c = of_v.chunk(2, dim=-1)
+        q_gate, k_gate = (gate.to(wide).sigmoid() for gate in (self.q_gate, self.k_gate))
+        return scaled(self.norm(q), q_gate), scaled(k, k_gate), scaled(x, f.sigmoid() * c.tanh())
 
 
 def move_gates(block: Block, state: dict, prefix: str, *_) -> None:

@@ -8,9 +8,10 @@ mean of the pixels where there are none. ``cycles`` rounds, each with its own pr
 output of the prefix tokens. Any two pixels are two steps apart, through the relay.
 The ring on a line of text, a word and its neighbours, becomes the k × k window around a pixel.
 Deviations: φ, the LayerNorm before the ring alone and no residual connection inside follow the code of fastNLP, of
-which there are several versions (the paper: LayerNorm(ReLU(MHA)) for both); the host has a residual. The relay is
-updated before the pixels of a round, not after, so that its last update is heard. At the border the ring is cut off
-(that code attends to keys of zeros there). Several rounds have no matrix of weights: `attention` shows the last one.
+which there are several versions (the paper: LayerNorm(ReLU(MHA)) for both); the host has a residual. The LayerNorm has
+torch's ε of 1e-5 (that code: 1e-6). The relay is updated before the pixels of a round, not after, so that its last
+update is heard. At the border the ring is cut off (that code attends to keys of zeros there). Several rounds have no
+matrix of weights: `attention` shows the last one.
 """
 
 from itertools import product
@@ -22,7 +23,7 @@ from torch import nn
 from .. import check
 from ..grid import Grid
 from ..mixer import Mixer
-from ..precision import at_least_float32
+from ..precision import at_least_float32, in_range, outside_autocast
 from ..traced import fixed
 
 
@@ -142,9 +143,13 @@ class Cycle(nn.Module):
 
     def of_pixels(self, relay, pixels, start, grid):
         """The pixels (B, N, dim) after looking at their ring, their beginning and the relay."""
-        (q, k, v), (_, own_k, own_v), (_, relay_k, relay_v) = (
-            heads(self.ring, t) for t in (self.norm(pixels), start, relay)
-        )
+        (q, k, v), (_, *own), (_, *relay) = (heads(self.ring, t) for t in (self.norm(pixels), start, relay))
+        with outside_autocast(v):
+            out = self.drawn(*map(in_range, (q, k, v, *own, *relay)), grid)
+        return F.leaky_relu(self.ring.proj(out.to(v.dtype).transpose(1, 2).flatten(2)))
+
+    def drawn(self, q, k, v, own_k, own_v, relay_k, relay_v, grid):
+        """What the pixels (B, heads, N, d) draw from their ring, their beginning and the relay."""
         wide = at_least_float32(v)
         ring_k, ring_v, inside = (
             self.around(k, grid),
@@ -155,13 +160,13 @@ class Cycle(nn.Module):
         seen = torch.stack([near[..., 0] for near in inside], dim=-1) > 0
         own = (q * own_k).sum(dim=-1, keepdim=True, dtype=wide)
         scores = [scores.masked_fill(~seen, -torch.inf), own, (q @ relay_k.transpose(-2, -1)).to(wide)]
-        sizes = [len(ring_k), 1, relay.shape[1]]
+        sizes = [len(ring_k), 1, relay_k.shape[2]]
         weights = (torch.cat(scores, dim=-1) * self.ring.scale).softmax(dim=-1).to(v.dtype)
         to_ring, to_own, to_relay = weights.split(sizes, dim=-1)
         out = to_own * own_v + to_relay @ relay_v
         for weight, near in zip(to_ring.unbind(dim=-1), ring_v):
             out = out + weight[..., None] * near
-        return F.leaky_relu(self.ring.proj(out.transpose(1, 2).flatten(2)))
+        return out
 
     def around(self, t, grid):
         """The tokens (B, heads, N, d) one offset of the ring away, for each offset; zeros beyond the border."""

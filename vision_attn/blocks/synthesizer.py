@@ -26,7 +26,7 @@ from torch import nn
 
 from .. import check
 from ..mixer import Mixer
-from ..precision import at_least_float32
+from ..precision import at_least_float32, scaled
 from ..resize import stretch
 
 
@@ -155,8 +155,8 @@ class Logits(nn.Module):
             parts.append((to_length @ self.table.to(q.dtype) @ from_length)[:, None])
         if self.form != "mixture":
             return parts[0]
-        share = self.share.to(q.dtype).softmax(dim=0)
-        return share[0] * parts[0] + share[1] * parts[1]
+        shares = self.share.to(at_least_float32(q)).softmax(dim=0).split(1)
+        return sum(scaled(part, share) for part, share in zip(parts, shares))
 
     def plain(self, q, length, place):
         """The same for queries (B, heads, N, d) at these places of the axis, by torch's interpolation."""

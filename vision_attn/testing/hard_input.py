@@ -68,12 +68,60 @@ def hard_input_gives_finite_numbers(case):
                     assert_finite_where(answers(case, block, tame, grid, half), exact, exact)
 
 
-def answers(case, block, x, grid, half):
-    """Output and gradients, under autocast to ``half`` if it is a type."""
+LARGE = {**TAME, "×1e3": HARD["×1e3"], "×1e3, none negative": lambda x: 1e3 * x.abs()}
+
+
+@holds_for("any")
+def gradients_in_float16_are_finite_where_they_fit(case):
+    """Features in the thousands give finite gradients in float16, where these and those between layers fit into it.
+
+    Of the sum of an image's outputs. A parameter's gradient fits as a whole or not: with one infinite number a step is
+    left out.
+    """
+    block, most = case.block(**case.wide_keys).half(), torch.finfo(torch.float16).max
+    for size, prefix in itertools.product(("1×7", "5×5", "13×17"), PREFIXES[:2] if case.is_mixer else [0]):
+        grid = Grid(*map(int, size.split("×")))
+        for kind, change in LARGE.items():
+            x = change(case.input(grid, prefix, batch=1)).half()
+            for way, given, half in ((block, x, None), (copy.deepcopy(block).float(), x.float(), torch.float16)):
+                with case.trying(grid=size, prefix=prefix, input=kind, autocast=half is not None):
+                    _, *slopes = answers(case, way, given, grid, half, direction=1.0)
+                    if all(slope.isfinite().all() for slope in slopes):
+                        continue
+                    exact, between = slopes_at_float16(case, block, x, grid)
+                    asked = [between <= 0.9 * most and (t.abs() <= most / 4).all() for t in exact]
+                    assert all(t.isfinite().all() for t, must in zip(slopes, asked) if must)
+
+
+def slopes_at_float16(case, block, x, grid):
+    """Gradients in float64 at what float16 rounds activations to, and the largest that passes between layers.
+
+    Where large scores make one-hot weights, a step in the last bit may change which one it is.
+    """
+    block, between = copy.deepcopy(block).double(), [0.0]
+
+    def rounded(t):
+        if not isinstance(t, torch.Tensor) or not t.requires_grad:
+            return t
+        t = t + (t.half() - t).detach()
+        t.register_hook(lambda slope: between.append(slope.abs().max().item()))
+        return t
+
+    for layer in block.modules():
+        if layer is not block and any(True for _ in layer.parameters(recurse=False)):
+            layer.register_forward_pre_hook(lambda _, inputs: tuple(map(rounded, inputs)))
+            layer.register_forward_hook(lambda _, inputs, out: rounded(out))
+    _, *slopes = answers(case, block, x.double(), grid, None, direction=1.0)
+    return slopes, max(between)
+
+
+def answers(case, block, x, grid, half, direction=None):
+    """Output and gradients of its mean over an image, or in a direction, under autocast to ``half`` if it is a type."""
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", half, enabled=half is not None):
         out = case.run(block, x, grid)
-    return [out, *torch.autograd.grad(out, [x, *block.parameters()], torch.ones_like(out) / out[:1].numel(), **UNUSED)]
+    direction = torch.full_like(out, 1 / max(1, out[:1].numel()) if direction is None else direction)
+    return [out, *torch.autograd.grad(out, [x, *block.parameters()], direction, **UNUSED)]
 
 
 def assert_finite_where(found, exact, same):
