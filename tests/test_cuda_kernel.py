@@ -155,7 +155,7 @@ def test_merging_on_cuda_is_so_with_any_prefix_at_all_sizes(mixer_case, dtype, g
 @pytest.mark.parametrize("kernel", [flash.Cpu, flash.Cuda])
 def test_a_query_that_sees_nothing_of_any_set_takes_nothing(kernel, double, monkeypatch):
     monkeypatch.setattr(flash, "aten", torch.ops.aten if kernel is flash.Cpu else flash.aten)
-    grid, sets = Grid(7, 11), (flash.Above((3, 4)), Columns(with_self=False))
+    grid, sets = Grid(7, 11), [flash.Above((3, 4)), Columns(with_self=False)]
     above, column = (keys.mask(grid, CPU) for keys in sets)
     tensors = [torch.randn(BATCH, *grid, CHANNELS).requires_grad_() for _ in range(3)]
     tensors += [torch.randn(BATCH, 1, 0, CHANNELS).requires_grad_() for _ in range(2)]

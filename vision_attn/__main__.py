@@ -80,13 +80,14 @@ def show_recommended(
 
 def show_check(blocks: str, device: str) -> int:
     place = torch.empty(0, device=device).device
+    found = answers.answers(place, blocks)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "as it is here"
     print(f"{place} ({name}), torch {torch.__version__}, beside the CPU in float64")
     for dtype, why in answers.trusted(place).items():
         print(f"kernel for several key sets in {short(dtype)}: {f'NOT used: {why}' if why else 'trusted'}")
     wrong = count = 0
-    for answer in answers.answers(place, blocks):
+    for answer in found:
         what = f"{answer.block}{answer.causal * ' causal'}"
         verdict = "right" if answer.right else f"WRONG {answer.said}".rstrip()
         print(f"{what:<32}{short(answer.dtype):<9} {answer.forward:9.2g} {answer.backward:9.2g}  {verdict}", flush=True)

@@ -58,10 +58,12 @@ def answers(device: torch.device, blocks: str = "*") -> Iterator[Answer]:
     entries = [describe(name) for name in list_blocks(blocks)]
     if not entries:
         raise ValueError(f"blocks={blocks!r}: no block matches")
-    for entry in entries:
-        for causal in (False, True) if entry.causal else (False,):
-            for dtype in DTYPES:
-                yield answer(entry.name, entry.kind == "mixer", causal, dtype, device)
+    return (
+        answer(entry.name, entry.kind == "mixer", causal, dtype, device)
+        for entry in entries
+        for causal in ((False, True) if entry.causal else (False,))
+        for dtype in DTYPES
+    )
 
 
 def answer(name: str, mixer: bool, causal: bool, dtype: torch.dtype, device: torch.device) -> Answer:

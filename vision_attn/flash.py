@@ -189,7 +189,7 @@ def trial(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dty
             slope = torch.randn(shapes[0], generator=rng, dtype=torch.float32, device="cpu").to(device, dtype)
             masks = [keys.mask(grid, device) for keys in sets]
             scale = channels**-0.5
-            out = merged(kernel, sets, masks, grid, scale, *tensors)
+            out = merged(kernel, list(sets), masks, grid, scale, *tensors)
             q, *others = (t.flatten(1, 2) for t in exact)
             k, v = (torch.cat([all_see, t], dim=1) for all_see, t in zip(others[2:], others[:2]))
             seen = F.pad(seen, (before, 0), value=True)
