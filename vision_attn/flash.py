@@ -21,6 +21,8 @@ from .precision import at_least_float32
 
 aten = torch.ops.aten
 
+AT_ONCE = 2**17  # numbers of queries whose keys overlap
+
 
 class Cpu:
     """The flash kernel of torch on a CPU, in float64 or float32: half precision would round every set's output."""
@@ -163,17 +165,33 @@ def merged(
     return out
 
 
+def _pieces(sets: list[KeySet], *tensors: Float[Tensor, "b ..."]) -> zip:
+    """The tensors along b: at once but where keys are copied many times, so that copies fit a CPU's cache."""
+    few = tensors[0].device.type == "cpu" and any(keys.overlap for keys in sets)
+    size = max(1, AT_ONCE // tensors[0][0].numel()) if few else len(tensors[0])
+    return zip(*(t.split(size) for t in tensors))
+
+
 class Merged(torch.autograd.Function):
     """Merges the sets' flash calls; each backward call gets the merged output and log-sum-exp."""
 
     @staticmethod
-    def forward(kernel, sets, masks, grid, scale, q, k, v, k_before, v_before):
+    def forward(kernel, sets, masks, grid, scale, *tensors):
+        outs = [Merged.some(kernel, sets, masks, grid, scale, *some) for some in _pieces(sets, *tensors)]
+        return outs[0] if len(outs) == 1 else tuple(map(torch.cat, zip(*outs)))
+
+    @staticmethod
+    def some(kernel, sets, masks, grid, scale, q, k, v, k_before, v_before):
+        """Output and log-sum-exp."""
         parts, wide = [], at_least_float32(q)
         for keys, mask in zip(sets, masks):
             folded = _folded(keys, q, k, v, k_before, v_before)
             if folded[0].numel() and folded[1].numel():
                 out, lse = kernel.forward(*folded, _expanded(mask, folded[0]), keys.causal, scale)
                 parts.append((keys, out, lse[..., None]))
+        if len(parts) == 1:
+            ((keys, out, lse),) = parts
+            return keys.place(out, grid).to(q.dtype), keys.place(lse, grid)
         logs = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts])
         shares = logs.softmax(dim=0)  # exp(l_s - l) need not sum to 1 where l is large and rounds
         merged = q.new_zeros(q.shape, dtype=wide)
@@ -193,8 +211,14 @@ class Merged(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: gradient checkpointing gives them a single time
         masks, (*tensors, out, total) = saved[: len(ctx.sets)], saved[len(ctx.sets) :]
         wide = at_least_float32(out)
-        slope = _dense_rows(slope)
         slopes = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in tensors]
+        for some in _pieces(ctx.sets, *slopes, *tensors, _dense_rows(slope), out, total):
+            Merged.add_slopes(ctx, masks, some[:5], some[5:10], *some[10:])
+        return None, None, None, None, None, *(slope.to(out.dtype) for slope in slopes)
+
+    @staticmethod
+    def add_slopes(ctx, masks, slopes, tensors, slope, out, total):
+        """Adds the gradients of some of the b to ``slopes``."""
         for keys, mask in zip(ctx.sets, masks):
             q, k, v = _folded(keys, *tensors)
             if q.numel() and k.numel():
@@ -208,7 +232,6 @@ class Merged(torch.autograd.Function):
                         before += part
                     else:
                         keys.add_keys(whole, part)
-        return None, None, None, None, None, *(slope.to(out.dtype) for slope in slopes)
 
 
 def _folded(keys, q, k, v, k_before, v_before):

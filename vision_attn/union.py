@@ -1,7 +1,7 @@
 """Exact softmax attention over a union of disjoint key sets, without the N×N matrix.
 
 Everything, or all of the past, goes straight to `torch.nn.functional.scaled_dot_product_attention`, and so does any one
-key set, on folded views. Several are one flash call each, merged by their log-sum-exp; or, where no kernel gives that
+key set, on folded views; but one whose groups share keys is folded anew in the backward, some images at a time. Several are one flash call each, merged by their log-sum-exp; or, where no kernel gives that
 (`flash.kernel_for`), one softmax over concatenated scores. Time and memory grow with the pairs that are looked at.
 """
 
@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from .flash import kernel_for, merged
+from .flash import Cpu, kernel_for, merged
 from .grid import Grid
 from .key_set import Everything, KeySet
 from .pattern import All, Past, Pattern
@@ -81,11 +81,12 @@ def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
     heads, parts = q.shape[1], [t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in (q, k, v)]
     maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for _, t in parts]
     before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
-    if len(key_sets) == 1:
+    kernel = kernel_for(*maps) if dropout == 0 and bias is None else None
+    if len(key_sets) == 1 and not (kernel is Cpu and key_sets[0].overlap):
         out = _one_set(*maps, before, grid, *key_sets, scale, dropout, bias)
     elif bias is not None:
         raise ValueError(f"bias: takes one key set, got {len(key_sets)}")
-    elif dropout == 0 and (kernel := kernel_for(*maps)):
+    elif kernel:
         out = _merged(kernel, *maps, before, grid, key_sets, scale)
     else:
         out = _concatenated(*maps, before, grid, key_sets, scale, dropout)
@@ -146,4 +147,4 @@ def _additive(mask, dtype):
     """A bool mask as a bias. The smallest finite number, so that a group of nothing but padding stays finite."""
     if mask is None:
         return None
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[None]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)[None]

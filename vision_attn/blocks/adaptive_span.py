@@ -110,9 +110,9 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         (keys,) = self.window.key_sets()
-        (radius, _), tile = keys.radius, torch.arange(keys.tile, device=q.device)
-        around = torch.arange(-radius, keys.tile + radius, device=q.device)
-        above = around[: radius + keys.tile] if self.causal else around
+        (radius, _), (size, _) = keys.radius, keys.tile(q.device)
+        tile, around = torch.arange(size, device=q.device), torch.arange(-radius, size + radius, device=q.device)
+        above = around[: radius + size] if self.causal else around
         down, right = (above - tile[:, None]).abs(), (around - tile[:, None]).abs()
         distance = torch.maximum(down[:, None, :, None], right[None, :, None, :]).flatten(2).flatten(0, 1)
         bias = self.bias(distance).to(v.dtype)[:, None].repeat(q.shape[0], 1, 1, 1)  # (B · heads, 1, queries, keys)

@@ -128,8 +128,8 @@ class Block(Mixer):
 
     def pixel_labels(self, q):
         """Labels of each query of a tile and each key of the tile and its rim, (heads, queries, keys)."""
-        at, tile = [], self.near.tile
-        for radius in self.near.radius:
+        at = []
+        for radius, tile in zip(self.near.radius, self.near.tile(q.device)):
             offset = (
                 torch.arange(-radius, tile + radius, device=q.device) - torch.arange(tile, device=q.device)[:, None]
             )
