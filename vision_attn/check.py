@@ -52,7 +52,7 @@ def border(value, causal: bool) -> None:
     """Raises ValueError unless ``value`` says what a window does at the border and, with ``causal``, can do."""
     one_of("border", value, ("cut", "shift"))
     if causal and value == "shift":
-        why = "a causal window has nothing behind the first pixels to move to, and moved back from others would look ahead"
+        why = "the first pixels have nothing before them to move to"
         raise ValueError(f"border={value!r}: must be 'cut' with causal=True: {why}")
 
 

@@ -1,8 +1,10 @@
 """Exact softmax attention over a union of disjoint key sets, without the N×N matrix.
 
 Everything, or all of the past, goes straight to `torch.nn.functional.scaled_dot_product_attention`, and so does any one
-key set, on folded views; but one whose groups share keys is folded anew in the backward, some images at a time. Several are one flash call each, merged by their log-sum-exp; or, where no kernel gives that
-(`flash.kernel_for`), one softmax over concatenated scores. Time and memory grow with the pairs that are looked at.
+key set, on folded views. Several are one flash call each, merged by their log-sum-exp, and so, on a CPU, is one whose
+groups share keys: it is folded a few images at a time, and anew in the backward. Where no kernel gives a log-sum-exp
+(`flash.kernel_for`), several share one softmax over concatenated scores. Time and memory grow with the pairs that are
+looked at.
 """
 
 import torch

@@ -4,6 +4,7 @@ Sukhbaatar et al. 2019, Adaptive Attention Span, https://arxiv.org/abs/1905.0779
     A_ij = m(x_ij) exp(s_ij) / Σ_k m(x_ik) exp(s_ik)      s_ij = q_i · k_j d^-½
     m(x) = min(1, max(0, (R + z - x) / R))      x_ij = max(|row(i) - row(j)|, |col(i) - col(j)|)
 Cost: 2 N (2 (S + R) - 1)² d
+Computed: 2 ×
 Every head has a z in [0, S], the largest distance that it sees in full; beyond it m falls to 0 over R more pixels.
 S is ``span``, R is ``ramp``. log m joins the scores of a window of radius S + R, cut off at the border. The paper adds
 a penalty on the spans to the loss, λ/heads Σ z: a training script adds λ ``block.spans().mean()``.

@@ -3,6 +3,7 @@
 Child et al. 2019, Sparse Transformer, https://arxiv.org/abs/1904.10509
     A_i = softmax over {j ≤ i : row(j) = row(i)} ∪ {j ≤ i : col(j) in the summary columns} of q_i · k_j
 Cost: 2 N (W + c H) d
+Computed: 1 ×
 The summary of head h is the h-th block of ``c`` columns from the right (round and round where the row has fewer
 blocks), so that heads have distinct ones, as the paper advises. With ``causal=True`` the order is the raster, as
 published; without, everything goes both ways. One softmax over the union is the paper's "merged head";

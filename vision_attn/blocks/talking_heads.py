@@ -4,6 +4,7 @@ Shazeer et al. 2020, Talking-Heads Attention, https://arxiv.org/abs/2003.02436
     J_h = q_h k_hᵀ d^-½      L_l = Σ_h P_l[h, l] J_h      W_l = softmax L_l
     U_h = Σ_l P_w[l, h] W_l      o_h = U_h v_h
 Cost: 2 N² d + 2 N² heads²
+Computed: 1 ×
 P_l and P_w (heads × heads) are learned and start as the identity: dense attention, until trained. U may be negative
 and its rows need not sum to 1. The softmax of one head needs the scores of all, so that no flash kernel of single heads
 computes it: rows are taken in chunks, and computed anew in the backward. A compiled or exported graph, whose sizes are

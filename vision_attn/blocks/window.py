@@ -3,6 +3,7 @@
 Ramachandran et al. 2019, SASA; Hassani et al. 2023, NATTEN, https://arxiv.org/abs/1906.05909
     A_u = softmax over {v : |row(v) - row(u)| ≤ r and |col(v) - col(u)| ≤ r} of q_u · k_v d^-½
 Cost: 2 N k² d
+Computed: 2 ×
 Here k = 2 r + 1 is ``kernel_size``. With ``causal=True`` the part of the window that comes before in raster order, and
 the pixel itself. A causal window alone never hears what is far to the right in the rows just above, at any depth.
 At the border the window is cut off; with ``border="shift"`` it moves inwards, as in NAT and NATTEN, and has k² pixels
