@@ -64,7 +64,7 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
     said = describe(block)
     print("GFLOP: matrix products and convolutions of a forward; MiB: peak, ms: fastest, of forward + backward")
     print(
-        f"beside projections, with its own options: {said.cost} multiply-adds, {said.computed} × that computed at 64×64"
+        f"by its docstring: {said.cost} multiply-adds beside projections, {said.computed} × as many computed at 64×64"
     )
 
 

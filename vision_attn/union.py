@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from .flash import Cpu, kernel_for, merged
+from .flash import kernel_for, merged
 from .grid import Grid
 from .key_set import Everything, KeySet
 from .pattern import All, Past, Pattern
@@ -84,7 +84,8 @@ def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
     maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for _, t in parts]
     before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
     kernel = kernel_for(*maps) if dropout == 0 and bias is None else None
-    if len(key_sets) == 1 and not (kernel is Cpu and key_sets[0].overlap):
+    anew = kernel and key_sets[0].overlap and q.device.type == "cpu"
+    if len(key_sets) == 1 and not anew:
         out = _one_set(*maps, before, grid, *key_sets, scale, dropout, bias)
     elif bias is not None:
         raise ValueError(f"bias: takes one key set, got {len(key_sets)}")
