@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vision_attn import Grid, create_block
+from vision_attn import Grid, create_block, key_set
+from vision_attn.key_set import Neighbours
 from vision_attn.pattern import (
     All,
     BlindSpot,
@@ -93,6 +95,29 @@ def test_key_sets_of_tall_grids_too(pattern_case, grid):
         assert_sets_are_the_rule(pattern, grid)
 
 
+@pytest.mark.parametrize("options", [{}, {"past": True}, {"shift": True}, {"shift": True, "dilation": (2, 3)}])
+def test_tiles_of_any_size_hold_a_window(options, monkeypatch):
+    """Also those of a GPU, whose kernels want more queries at a time."""
+    assert Neighbours((3, 1)).tile("cuda") == (8, 8) != Neighbours((3, 1)).tile("cpu")
+    monkeypatch.setattr(Neighbours, "tile", lambda self, device: (8, 3))
+    key_set._tables.cache_clear()
+    for grid in (Grid(13, 17), Grid(5, 29), Grid(1, 1)):
+        assert_sets_are_the_rule(Window((3, 1), **options), grid)
+    key_set._tables.cache_clear()
+
+
+def test_tables_are_kept_only_where_they_have_numbers():
+    block, grid = create_block("window", 16, kernel_size=3), Grid(11, 19)
+    x = torch.randn(2, grid.size, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        block(torch.empty(2, grid.size, 16), grid)
+    with torch.inference_mode():  # whose tensors no backward takes
+        wanted = block(x, grid).clone()
+    out = block(x, grid)
+    out.sum().backward()
+    assert torch.equal(out, wanted) and block.qkv.weight.grad.isfinite().all()
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(height=sizes, width=sizes, layers=st.integers(1, 3), data=st.data())
 def test_reach_is_where_paths_lead(pattern_case, height, width, layers, data):
@@ -138,6 +163,7 @@ simple = st.one_of(
     st.builds(Row, past=st.booleans()),
     st.builds(Column, past=st.booleans()),
     st.builds(Window, st.tuples(st.integers(0, 2), st.integers(0, 2)), st.tuples(st.integers(1, 2), st.integers(1, 3))),
+    st.builds(Window, st.tuples(st.integers(0, 2), st.integers(0, 2)), st.just((2, 1)), st.just(True)),
     st.builds(Global, st.integers(1, 4)),
 )
 composed = st.recursive(

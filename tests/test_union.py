@@ -55,13 +55,28 @@ def test_both_routes_give_the_same(pattern_case, grid, prefix, monkeypatch, call
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["window", "global_tokens"])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_keys_that_groups_share_are_folded_for_few_images_at_a_time(name, prefix, calls, monkeypatch):
+    block, grid = create_block(name, KEY * HEADS, num_heads=HEADS, kernel_size=3).double(), Grid(13, 17)
+    tensors = inputs(grid, prefix)
+    at_once = outputs_and_gradients(block, tensors, grid)
+    before = dict(calls)
+    monkeypatch.setattr(flash, "AT_ONCE", 2 * grid.size * KEY)
+    for one, other in zip(outputs_and_gradients(block, tensors, grid), at_once):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    pieces = -(-BATCH * HEADS // 2)
+    assert calls == {way: (pieces + 1) * count for way, count in before.items()}
+
+
 def test_several_sets_are_merged_and_one_is_not(pattern_case, calls):
-    """One set goes to the public function, whichever kernel that takes."""
+    """One set goes to the public function, whichever kernel that takes, but where its groups share keys."""
     grid = Grid(13, 17)
     for step in pattern_case.block().steps:
         before = calls["forward"]
         own = "mix" in vars(type(step))  # it gathers keys by itself
-        several = not own and any(len(part.key_sets()) > 1 for part in step.pattern.by_head())
+        sets = [part.key_sets() for part in step.pattern.by_head()]
+        several = not own and any(len(some) > 1 or some[0].overlap for some in sets)
         outputs_and_gradients(step, inputs(grid), grid)
         assert (calls["forward"] > before) == several
     assert calls["forward"] == calls["backward"]

@@ -63,7 +63,11 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
     ratios = [digits(own / dense) for own, dense in zip(costs[block], costs["dense"])]
     print(f"{'layers on a map' if gate else 'whole blocks'}, {setting(size, dim, device)}")
     columns([("", "GFLOP", "parameters", "MiB", "ms"), *rows, ("/ dense", *ratios)])
+    said = describe(block)
     print("GFLOP: matrix products and convolutions of a forward; MiB: peak, ms: fastest, of forward + backward")
+    print(
+        f"by its docstring: {said.cost} multiply-adds beside projections, {said.computed} × as many computed at 64×64"
+    )
 
 
 def show_recommended(
@@ -109,13 +113,13 @@ def options_of(block: str) -> str:
 
 def table() -> str:
     """The blocks as a Markdown table."""
-    lines = ["| block | what it does | paper | cost | kind | causal |", "|---|---|---|---|---|---|"]
+    lines = ["| block | what it does | paper | cost | computed | kind | causal |", "|---|---|---|---|---|---|---|"]
     for name in list_blocks():
         entry = describe(name)
         causal = "yes" if entry.causal else "no"
         paper = f"[{entry.source}]({entry.url})"
         what = (entry.title.partition(": ")[2] or entry.title).rstrip(".")
-        lines.append(f"| `{name}` | {what} | {paper} | {entry.cost} | {entry.kind} | {causal} |")
+        lines.append(f"| `{name}` | {what} | {paper} | {entry.cost} | {entry.computed} × | {entry.kind} | {causal} |")
     return "\n".join(lines)
 
 

@@ -57,6 +57,14 @@ def one_of(name: str, value, allowed: Collection) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 
+def border(value, causal: bool) -> None:
+    """Raises ValueError unless ``value`` says what a window does at the border and, with ``causal``, can do."""
+    one_of("border", value, ("cut", "shift"))
+    if causal and value == "shift":
+        why = "the first pixels have nothing before them to move to"
+        raise ValueError(f"border={value!r}: must be 'cut' with causal=True: {why}")
+
+
 def pair(name: str, value) -> tuple[int, int]:
     """``value`` or ``(value, value)`` as two integers ≥ 1; raises ValueError for anything else."""
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)

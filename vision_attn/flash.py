@@ -26,6 +26,7 @@ from .traced import is_traced
 aten = torch.ops.aten
 
 BLOCKS = 65_535  # that a grid of CUDA has along its second and third axis
+AT_ONCE = 2**17  # numbers of queries whose keys overlap
 
 
 class Cpu:
@@ -257,17 +258,34 @@ def merged(
     return out
 
 
+def _pieces(sets: list[KeySet], *tensors: Float[Tensor, "b ..."]) -> zip:
+    """The tensors along b: at once but where keys are copied many times, so that copies fit a CPU's cache."""
+    few = tensors[0].device.type == "cpu" and any(keys.overlap for keys in sets)
+    size = max(1, AT_ONCE // tensors[0][0].numel()) if few else len(tensors[0])
+    return zip(*(t.split(size) for t in tensors))
+
+
 class Merged(torch.autograd.Function):
     """Merges the sets' flash calls; each backward call gets the merged output and log-sum-exp."""
 
     @staticmethod
-    def forward(kernel, sets, masks, hidden, grid, scale, q, k, v, k_before, v_before):
+    def forward(kernel, sets, masks, hidden, grid, scale, *tensors):
+        outs = [Merged.some(kernel, sets, masks, hidden, grid, scale, *some) for some in _pieces(sets, *tensors)]
+        return outs[0] if len(outs) == 1 else tuple(map(torch.cat, zip(*outs)))
+
+    @staticmethod
+    def some(kernel, sets, masks, hidden, grid, scale, q, k, v, k_before, v_before):
+        """Output and log-sum-exp."""
         parts, wide = [], at_least_float32(q)
         for keys, mask, unseen in zip(sets, masks, hidden):
             folded = _folded(keys, q, k, v, k_before, v_before)
             if folded[0].numel() and folded[1].numel():
                 out, lse = kernel.forward(*folded, mask, keys.causal, scale)
                 parts.append((keys, out, _filled(lse, unseen, -torch.inf)[..., None]))
+        if len(parts) == 1:
+            ((keys, out, lse),) = parts
+            out = out.masked_fill_(lse == -torch.inf, 0)
+            return keys.place(out, grid).to(q.dtype), keys.place(lse, grid)
         logs = torch.stack([keys.place(lse, grid, -torch.inf) for keys, _, lse in parts])
         # exp(l_s - l) need not sum to 1 where l is large and rounds; that of a query that sees nothing at all is NaN
         shares = logs.softmax(dim=0).masked_fill(logs == -torch.inf, 0)
@@ -288,8 +306,14 @@ class Merged(torch.autograd.Function):
         saved, n = ctx.saved_tensors, len(ctx.sets)  # once: gradient checkpointing gives them a single time
         masks, hidden, (*tensors, out, total) = saved[:n], saved[n : 2 * n], saved[2 * n :]
         wide = at_least_float32(out)
-        slope = _dense_rows(slope)
         slopes = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in tensors]
+        for some in _pieces(ctx.sets, *slopes, *tensors, _dense_rows(slope), out, total):
+            Merged.add_slopes(ctx, masks, hidden, some[:5], some[5:10], *some[10:])
+        return *(None,) * 6, *(slope.to(out.dtype) for slope in slopes)
+
+    @staticmethod
+    def add_slopes(ctx, masks, hidden, slopes, tensors, slope, out, total):
+        """Adds the gradients of some of the b to ``slopes``."""
         for keys, mask, unseen in zip(ctx.sets, masks, hidden):
             q, k, v = _folded(keys, *tensors)
             if q.numel() and k.numel():
@@ -302,7 +326,6 @@ class Merged(torch.autograd.Function):
                         before += part
                     else:
                         keys.add_keys(whole, part)
-        return *(None,) * 6, *(slope.to(out.dtype) for slope in slopes)
 
 
 def _folded(keys, q, k, v, k_before, v_before):
@@ -321,7 +344,7 @@ def _filled(lse: Tensor, where: Tensor | None, value: float) -> Tensor:
 
 def additive(mask: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "1 ..."]:
     """A mask as what is added to scores: half of the least number, which a kernel may multiply by log2 e, hides."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min / 2)[None]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)[None]
 
 
 def opened(mask: Bool[Tensor, "... keys"]) -> Bool[Tensor, "... keys"]:

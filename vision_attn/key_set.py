@@ -4,6 +4,7 @@ A pattern is computed from a few disjoint key sets. Each is one call of flash at
 or the whole grid are folded, on one copy where tiles are cut or rows are joined.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from .grid import Grid
 from .traced import is_traced, least
@@ -21,17 +23,6 @@ from .traced import is_traced, least
 def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
     """`torch.nn.functional.pad`, but a view where there is nothing to pad (and the size is not traced)."""
     return F.pad(x, amounts, value=fill) if is_traced() or any(amounts) else x
-
-
-def overlapping(x: Shaped[Tensor, "b s H W d"], sizes: tuple[int, int], step: int) -> Shaped[Tensor, "b groups keys d"]:
-    """Windows of ``sizes`` = (height, width), one at every ``step``-th position down and right, as groups of keys."""
-    ky, kx = sizes
-    if not torch.jit.is_tracing():
-        return rearrange(x.unfold(2, ky, step).unfold(3, kx, step), "b s y x d ky kx -> b (s y x) (ky kx) d")
-    for dim, size in zip((2, 3), sizes):  # its ONNX unfolds no axis of a free size
-        first = torch.arange((x.shape[dim] - size) // step + 1, device=x.device) * step
-        x = x.index_select(dim, (first[:, None] + torch.arange(size, device=x.device)).flatten())
-    return rearrange(x, "b s (y ky) (x kx) d -> b (s y x) (ky kx) d", ky=ky, kx=kx)
 
 
 def rows_and_columns(place: Int[Tensor, "..."], width) -> tuple[Int[Tensor, "..."], Int[Tensor, "..."]]:
@@ -62,6 +53,7 @@ class KeySet:
     """
 
     causal = False
+    overlap = False  # whether groups share keys, so that all groups' keys are many times the grid
 
     def queries(self, x: Shaped[Tensor, "b H W d"]) -> Shaped[Tensor, "b groups queries d"]:
         """The queries of each group, padded with zeros where the grid does not divide."""
@@ -114,6 +106,10 @@ class Only(KeySet):
     whole: KeySet
     pattern: Any
     allow: bool = True
+
+    @property
+    def overlap(self):
+        return self.whole.overlap
 
     def queries(self, x):
         return self.whole.queries(x)
@@ -282,56 +278,89 @@ class AdjacentRows(KeySet):
 class Neighbours(KeySet):
     """Every position with the window around it: ``radius`` = (down, right) steps of ``dilation`` = (down, right).
 
-    The grid is cut into tiles of ``tile`` × ``tile`` queries, each with the keys of its tile and of a rim around it.
-    ``past``: only what comes before in raster order, and itself.
+    Positions that the dilation does not mix are a grid of their own, a class. Each is cut into tiles of queries, with
+    the keys that these see between them. ``past``: only what comes before in raster order, and itself. ``shift``: at
+    the border a window moves inwards, where else it is cut off.
     """
 
     radius: tuple[int, int]
     dilation: tuple[int, int] = (1, 1)
     past: bool = False
-    tile: int = 8
+    shift: bool = False
 
-    def sizes(self, height: int, width: int) -> dict[str, int]:
-        """Tiles down (y) and across (x), queries in one (p), and steps between neighbours (sy, sx)."""
-        sy, sx = self.dilation
-        y, x = ((n + self.tile * s - 1) // (self.tile * s) for n, s in ((height, sy), (width, sx)))
-        return dict(y=y, x=x, sy=sy, sx=sx)
+    overlap = True
 
-    def padded(self, x):
-        """A grid for each of the sy · sx places that the dilation does not mix, padded to whole tiles."""
-        height, width = x.shape[1:3]
-        n = self.sizes(height, width)
-        down, right = n["y"] * self.tile * n["sy"] - height, n["x"] * self.tile * n["sx"] - width
-        return rearrange(
-            pad(x, 0, 0, 0, right, 0, down), "b (Y sy) (X sx) d -> b (sy sx) Y X d", sy=n["sy"], sx=n["sx"]
-        )
+    def tile(self, device) -> tuple[int, int]:
+        """Queries of a tile down and right: so many that a tile's keys are at most 1.6 windows long and wide.
+
+        On CUDA always 8: kernels take 64 queries at a time there, and fewer cost as much.
+        """
+        if torch.device(device).type == "cuda":
+            return 8, 8
+        return tuple(max(p for p in (1, 2, 4, 8) if p == 1 or p + 2 * r <= 1.6 * (2 * r + 1)) for r in self.radius)
+
+    def sizes(self, height: int, width: int, device) -> dict[str, int]:
+        """Tiles of a class down (y) and right (x), queries in one (p, q), and steps between neighbours (sy, sx)."""
+        (p, q), (sy, sx) = self.tile(device), self.dilation
+        y, x = (height + p * sy - 1) // (p * sy), (width + q * sx - 1) // (q * sx)
+        return dict(y=y, x=x, p=p, q=q, sy=sy, sx=sx)
+
+    def axes(self, grid: Grid, device) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Down and right, of each group: queries (groups, queries, 1) and keys (groups, 1, keys), numbered within
+        their class, which of them see which, and the places of the keys (groups, keys) on the grid.
+        """
+        n = self.sizes(*grid, device)
+        rest, tile_x = rows_and_columns(torch.arange(n["sy"] * n["sx"] * n["y"] * n["x"], device=device), n["x"])
+        rest, tile_y = rows_and_columns(rest, n["y"])
+        class_y, class_x = rows_and_columns(rest, n["sx"])
+        found = []
+        for at, first, length, size, radius, step, before in (
+            (tile_y, class_y, grid.height, n["p"], self.radius[0], n["sy"], self.past),
+            (tile_x, class_x, grid.width, n["q"], self.radius[1], n["sx"], False),
+        ):
+            query = at[:, None, None] * size + torch.arange(size, device=device)[:, None]
+            last = ((length - 1 - first) // step)[:, None, None]  # of its class
+            start = query - radius
+            if self.shift:
+                start = torch.minimum(start, last - 2 * radius).clamp(min=0)
+            key = start[:, :1] + torch.arange(size + radius * (1 if before else 2), device=device)
+            seen = (key >= start) & (key <= start + 2 * radius) & (key >= 0) & (key <= last)
+            place = first[:, None] + step * key[:, 0]
+            found.append((query, key, seen, place.clamp(min=0).clamp(max=length - 1)))
+        return found
 
     def queries(self, x):
-        p = self.tile
-        return rearrange(self.padded(x), "b s (y p) (x q) d -> b (s y x) (p q) d", p=p, q=p)
+        height, width = x.shape[1:3]
+        n = self.sizes(height, width, x.device)
+        x = pad(x, 0, 0, 0, n["x"] * n["q"] * n["sx"] - width, 0, n["y"] * n["p"] * n["sy"] - height)
+        return rearrange(x, "b (y p sy) (x q sx) d -> b (sy sx y x) (p q) d", **n)
+
+    def tables(self, grid: Grid, device) -> tuple[Int[Tensor, "groups keys"], Bool[Tensor, "groups queries keys"]]:
+        """Raster index of each key, of some other one where there is none, and what is seen."""
+        (qy, ky, in_rows, rows), (qx, kx, in_columns, columns) = self.axes(grid, device)
+        seen = in_rows[:, :, None, :, None] & in_columns[:, None, :, None, :]
+        if self.past:
+            (qy, ky), (qx, kx) = (t[:, :, None, :, None] for t in (qy, ky)), (t[:, None, :, None] for t in (qx, kx))
+            seen = seen & ((ky < qy) | ((ky == qy) & (kx <= qx)))
+        return (rows[:, :, None] * grid.width + columns[:, None]).flatten(1), seen.flatten(3).flatten(1, 2)
 
     def keys(self, x):
-        (ry, rx), p = self.radius, self.tile
-        below = 0 if self.past else ry
-        x = F.pad(self.padded(x), (0, 0, rx, rx, ry, below))
-        return overlapping(x, (p + ry + below, p + 2 * rx), p)
+        at, _ = kept_tables(self, Grid(*x.shape[1:3]), x.device)
+        return rearrange(x.flatten(1, 2).index_select(1, at.flatten()), "b (t n) d -> b t n d", n=at.shape[1])
 
     def place(self, y, grid, fill=0.0):
-        n = self.sizes(*grid)
-        y = rearrange(y, "b (sy sx y x) (p q) d -> b (y p sy) (x q sx) d", p=self.tile, q=self.tile, **n)
+        y = rearrange(y, "b (sy sx y x) (p q) d -> b (y p sy) (x q sx) d", **self.sizes(*grid, y.device))
         return y.narrow(1, 0, grid.height).narrow(2, 0, grid.width)
 
+    def add_queries(self, whole, part):
+        whole += self.place(part, Grid(*whole.shape[1:3]))
+
+    def add_keys(self, whole, part):
+        at, _ = kept_tables(self, Grid(*whole.shape[1:3]), whole.device)
+        whole.flatten(1, 2).index_add_(1, at.flatten(), part.flatten(1, 2).to(whole.dtype))
+
     def mask(self, grid, device):
-        (ry, rx), p = self.radius, self.tile
-        query = torch.arange(p, device=device)
-        dy = torch.arange(-ry, p + (0 if self.past else ry), device=device) - query[:, None]  # (p, ky)
-        dx = torch.arange(-rx, p + rx, device=device) - query[:, None]  # (q, kx)
-        dy, dx = dy[:, None, :, None], dx[None, :, None, :]
-        seen = (dy.abs() <= ry) & (dx.abs() <= rx)
-        if self.past:
-            seen = seen & ((dy < 0) | ((dy == 0) & (dx <= 0)))
-        _, key = self.numbers(grid, device)
-        return (key >= 0)[:, None] & rearrange(seen, "p q ky kx -> (p q) (ky kx)")
+        return kept_tables(self, grid, torch.device(device))[1]
 
     def kept(self, grid):
         return min(grid.height, self.radius[0] * self.dilation[0] + 1), 0, grid.width
@@ -343,6 +372,17 @@ class Neighbours(KeySet):
             (slice(y - above, y, sy), slice(x - left, min(grid.width, x + rx * sx + 1), sx)),
             (slice(y, y + 1), slice(x - left, x + 1, sx)),
         ]
+
+
+def kept_tables(keys: Neighbours, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`Neighbours.tables`, made once for a grid, but where sizes are traced or tensors have no numbers."""
+    return keys.tables(grid, device) if is_traced() or detect_fake_mode() is not None else _tables(keys, grid, device)
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _tables(keys: Neighbours, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    return keys.tables(grid, device)
 
 
 @dataclass(frozen=True)

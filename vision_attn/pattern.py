@@ -246,21 +246,35 @@ class Tile(Pattern):
 
 @dataclass(frozen=True)
 class Window(Directed):
-    """At most ``radius`` steps of ``dilation`` away, both (down, right); ``past``: and before, or itself."""
+    """At most ``radius`` steps of ``dilation`` away, both (down, right); ``past``: and before, or itself.
+
+    At the border the window is cut off. With ``shift`` it moves inwards, in steps, and so has as many pixels as
+    elsewhere, or all that an axis has. Not both ``past`` and ``shift``.
+    """
 
     radius: tuple[int, int]
     dilation: tuple[int, int] = (1, 1)
+    shift: bool = False
 
     def allowed(self, qy, qx, ky, kx, grid):
         (ry, rx), (sy, sx) = self.radius, self.dilation
         down, right = ky - qy, kx - qx
         on_steps = (down % sy == 0) & (right % sx == 0)
+        if self.shift:
+            return on_steps & self.near(qy, ky, ry, sy, grid.height) & self.near(qx, kx, rx, sx, grid.width)
         near = (abs(down) <= ry * sy) & (abs(right) <= rx * sx)
         seen = on_steps & near
         return seen & ((down < 0) | ((down == 0) & (right <= 0))) if self.past else seen
 
+    @staticmethod
+    def near(query, key, radius: int, step: int, length):
+        """Whether a key is among the 2 radius + 1 of an axis, in steps, that a query sees, having moved inwards."""
+        query, key, last = query // step, key // step, (length - 1 - query % step) // step
+        at_first, at_last = (query < radius) & (key <= 2 * radius), (query > last - radius) & (key >= last - 2 * radius)
+        return (abs(key - query) <= radius) | at_first | at_last
+
     def key_sets(self):
-        return (Neighbours(self.radius, self.dilation, self.past),)
+        return (Neighbours(self.radius, self.dilation, self.past, self.shift),)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Exact softmax attention over a union of disjoint key sets, without the N×N matrix.
 
 Everything, or all of the past, goes straight to `torch.nn.functional.scaled_dot_product_attention`, and so does any one
-key set, on folded views. Several are one flash call each, merged by their log-sum-exp; or, where no kernel gives that
-(`flash.kernel_for`), one softmax over concatenated scores. Time and memory grow with the pairs that are looked at.
+key set, on folded views. Several are one flash call each, merged by their log-sum-exp, and so, on a CPU, is one whose
+groups share keys: it is folded a few images at a time, and anew in the backward. Where no kernel gives a log-sum-exp
+(`flash.kernel_for`), several share one softmax over concatenated scores. Time and memory grow with the pairs that are
+looked at.
 """
 
 import torch
@@ -95,11 +97,13 @@ def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
     heads, parts = q.shape[1], [t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in (q, k, v)]
     maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for _, t in parts]
     before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
-    if len(key_sets) == 1:
+    kernel = kernel_for(*maps) if dropout == 0 and bias is None else None
+    anew = kernel and key_sets[0].overlap and q.device.type == "cpu"
+    if len(key_sets) == 1 and not anew:
         out = _one_set(*maps, before, grid, *key_sets, scale, dropout, bias)
     elif bias is not None:
         raise ValueError(f"bias: takes one key set, got {len(key_sets)}")
-    elif dropout == 0 and (kernel := kernel_for(*maps)):
+    elif kernel:
         out = _merged(kernel, *maps, before, grid, key_sets, scale)
     else:
         out = _concatenated(*maps, before, grid, key_sets, scale, dropout)

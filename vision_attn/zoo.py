@@ -25,7 +25,8 @@ class Entry(NamedTuple):
     title: str  # one sentence
     source: str  # authors, year, name
     url: str
-    cost: str  # multiply-adds of the mechanism, projections aside
+    cost: str  # multiply-adds of what the mechanism looks at, projections aside
+    computed: str  # multiply-adds that the fast path does for each of these
     kind: str  # "mixer" or "gate"
     causal: bool
 
@@ -122,9 +123,11 @@ def describe(name: str) -> Entry:
     """A block's entry, read from the docstring of its file. Raises ValueError for an unknown name."""
     cls = block_class(name)
     text = inspect.getdoc(inspect.getmodule(cls))
-    title, source, cost = re.match(r"(.+)\n\n(.+)\n(?:.*\n)*?Cost: (.+)", text).groups()
+    line = r"(.+)\n\n(.+)\n(?:.*\n)*?Cost: (.+)\nComputed: ([\d.]+) ×"
+    title, source, cost, computed = re.match(line, text).groups()
     source, url = source.rsplit(", ", 1)
-    return Entry(name, title, source, url, cost, "gate" if issubclass(cls, Gate) else "mixer", not cls.not_causal)
+    kind = "gate" if issubclass(cls, Gate) else "mixer"
+    return Entry(name, title, source, url, cost, computed, kind, not cls.not_causal)
 
 
 def _nearest(name: str, names: list[str]) -> str:

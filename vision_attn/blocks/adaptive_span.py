@@ -4,6 +4,7 @@ Sukhbaatar et al. 2019, Adaptive Attention Span, https://arxiv.org/abs/1905.0779
     A_ij = m(x_ij) exp(s_ij) / Σ_k m(x_ik) exp(s_ik)      s_ij = q_i · k_j d^-½
     m(x) = min(1, max(0, (R + z - x) / R))      x_ij = max(|row(i) - row(j)|, |col(i) - col(j)|)
 Cost: 2 N (2 (S + R) - 1)² d
+Computed: 2 ×
 Every head has a z in [0, S], the largest distance that it sees in full; beyond it m falls to 0 over R more pixels.
 S is ``span``, R is ``ramp``. log m joins the scores of a window of radius S + R, cut off at the border. The paper adds
 a penalty on the spans to the loss, λ/heads Σ z: a training script adds λ ``block.spans().mean()``.
@@ -134,9 +135,9 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         (keys,) = self.window.key_sets()
-        (radius, _), tile = keys.radius, torch.arange(keys.tile, device=q.device)
-        around = torch.arange(-radius, keys.tile + radius, device=q.device)
-        above = around[: radius + keys.tile] if self.causal else around
+        (radius, _), (size, _) = keys.radius, keys.tile(q.device)
+        tile, around = torch.arange(size, device=q.device), torch.arange(-radius, size + radius, device=q.device)
+        above = around[: radius + size] if self.causal else around
         down, right = (above - tile[:, None]).abs(), (around - tile[:, None]).abs()
         distance = torch.maximum(down[:, None, :, None], right[None, :, None, :]).flatten(2).flatten(0, 1)
         bias = self.bias(distance).to(v.dtype)[:, None].repeat(q.shape[0], 1, 1, 1)  # (B · heads, 1, queries, keys)

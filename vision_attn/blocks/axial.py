@@ -3,6 +3,7 @@
 Ho et al. 2019, Axial Transformer; Wang et al. 2020, Axial-DeepLab, https://arxiv.org/abs/1912.12180
     A_u = softmax over {v : col(v) = col(u)} of (q_u · k_v + q_u · r^q_{v-u} + k_v · r^k_{v-u}) d^-½, then over rows
 Cost: 2 N (H + W) d
+Computed: 1 ×
 ``mode="sequential"`` (height, then width, as in Axial-DeepLab): every pixel hears every other. ``mode="sum"``: both
 steps see the input and their outputs are added; one such layer hears its row and column only.
 ``length`` adds the learned relative positions r of Axial-DeepLab, shared by the heads; they are learned for an axis

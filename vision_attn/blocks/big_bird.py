@@ -3,6 +3,7 @@
 Zaheer et al. 2020, Big Bird, https://arxiv.org/abs/2007.14062
     A_u = softmax over {v : tile(v) beside tile(u)} ∪ {v : tile(v) drawn for tile(u)} ∪ global of q_u · k_v d^-½
 Cost: 2 N ((9 + drawn) tile² + 2 tokens) d
+Computed: 1 ×
 Tiles are ``tile`` × ``tile`` pixels; beside means the 3 × 3 tiles around; global are the first ``tokens`` positions in
 raster order, which see all and are seen by all, and the prefix tokens of the host. For each head and each tile
 ``drawn`` tiles are drawn among those that are not beside it. The draw is a table of random numbers, made from ``seed``

@@ -4,6 +4,7 @@ Woo et al. 2018, CBAM, https://arxiv.org/abs/1807.06521
     x' = x · σ(MLP(mean over pixels) + MLP(max over pixels))
     y  = x' · σ(BN(conv 7×7 of [max over channels, mean over channels] of x'))
 Cost: 2 N d + d² / 4 + 98 N
+Computed: 1 ×
 As in the authors' code the maximum comes before the mean, the shared MLP has biases, and a BatchNorm (momentum
 0.01) follows the 7×7 convolution; the paper does not mention the last two.
 Deviations: the hidden layer has at least 4 channels (the code: dim // 16, which is 0 below 16). The BatchNorm

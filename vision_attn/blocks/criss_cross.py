@@ -3,6 +3,7 @@
 Huang et al. 2019, CCNet, https://arxiv.org/abs/1811.11721
     A_u = softmax over {v : row(v) = row(u) or col(v) = col(u)} of q_u · k_v
 Cost: 2 N (H + W) d
+Computed: 1 ×
 One softmax over the H + W - 1 positions, the pixel itself counted once. On feature maps the layer is applied twice
 with the same weights and the same gain (``recurrence=2``), so that every pixel hears from every other through a
 corner.

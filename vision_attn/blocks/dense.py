@@ -3,6 +3,7 @@
 Vaswani et al. 2017, Transformer; Dosovitskiy et al. 2021, ViT, https://arxiv.org/abs/1706.03762
     A_u = softmax over all v of q_u · k_v d^-½
 Cost: 2 N² d
+Computed: 1 ×
 With ``causal=True`` a position looks at itself and at what comes before it in raster order; prefix tokens come
 first of all and see only one another.
 Deviations: none.

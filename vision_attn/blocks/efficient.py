@@ -3,6 +3,7 @@
 Shen et al. 2021, Efficient Attention, https://arxiv.org/abs/1812.01243
     y = ρ_q(q) (ρ_k(k)ᵀ v)    ρ_q: softmax over the channels of a head    ρ_k: softmax over the positions
 Cost: 2 N d² / heads
+Computed: 1 ×
 The implied matrix ρ_q(q) ρ_k(k)ᵀ has rows that sum to 1. The order of positions does not matter; prefix tokens are
 ordinary.
 ``value_dim`` is how many channels the values have together, which ``proj`` brings back to ``dim``.

@@ -4,6 +4,7 @@ Li et al. 2019, EMANet, https://arxiv.org/abs/1907.13426
     E: z = softmax over the bases of x₁ μ      M: μ = normalised(x₁ᵀ z / Σ_n z)      three times, from the stored μ
     y = x + BN(W₂ ReLU(μ zᵀ))                  x₁ = W₁ x
 Cost: 7 N K d
+Computed: 1 ×
 K = 64 bases of unit norm. The stored bases follow the bases of the batch by a moving average: once per optimizer
 step however often forward ran, over all processes, never in eval.
 ``grad="paper"`` runs the iterations without gradient as the authors' code does: W₁ then never learns and the rest

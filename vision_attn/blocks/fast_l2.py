@@ -3,6 +3,7 @@
 Hu et al. 2020, FANet, https://arxiv.org/abs/2007.03815
     y = 1/n q̂ (k̂ᵀ v)    x̂ = x / ‖x‖ over the channels of a head
 Cost: 2 N d² / heads
+Computed: 1 ×
 Weights are the cosines of queries and keys: they may be negative, and do not sum to 1. ``mean=False`` leaves out 1/n,
 the number of tokens, as the authors' code does: outputs then grow with the image, in float16 until they overflow.
 With ``causal=True`` the sums, and n, are over what comes before in raster order and the pixel itself: prefix sums in

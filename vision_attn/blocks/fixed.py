@@ -3,6 +3,7 @@
 Child et al. 2019, Sparse Transformer, https://arxiv.org/abs/1904.10509
     A_i = softmax over {j ≤ i : row(j) = row(i)} ∪ {j ≤ i : col(j) in the summary columns} of q_i · k_j
 Cost: 2 N (W + c H) d
+Computed: 1 ×
 The summary of head h is the h-th block of ``c`` columns from the right (round and round where the row has fewer
 blocks), so that heads have distinct ones, as the paper advises. ``num_verts`` has them take turns with so many, as the
 authors' code does: head h has the (h mod num_verts)-th. With ``causal=True`` the order is the raster, as

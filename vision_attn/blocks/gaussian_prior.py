@@ -3,7 +3,8 @@
 Guo et al. 2019, Gaussian Transformer; Yang et al. 2018, Localness, https://arxiv.org/abs/1810.10182
     A_i = softmax over all j of q_i · k_j d^-½ + B_ij
     B_ij = -(r_j - r_i - a_r)² / 2 σ_r² - (c_j - c_i - a_c)² / 2 σ_c²      r: row, c: column
-Cost: 2 N² (d + 4 heads)
+Cost: 2 N² d
+Computed: 1.1 ×
 Every head learns its widths σ and its centre a, in pixels, by axis: log σ starts at log ``width``, a at 0. The square
 is one of products of what a query knows by what a key knows, so that B is made by four more channels of q and k and no
 matrix: (u_r / σ_r², u_c / σ_c², 1, t_i) · (r_j, c_j, s_j, 1) for u = r + a, with the squares alone in t and s. They

@@ -4,6 +4,7 @@ Cao et al. 2019, GCNet, https://arxiv.org/abs/1904.11492
     c = Σ_v softmax_v(w · x_v) x_v        t(c) = W₂ ReLU(LayerNorm(W₁ c))
     y_u = x_u + t(c)   (``fusion="add"``)    or   y_u = x_u · σ(t(c))   (``"multiply"``)    or both, multiplied first
 Cost: 2 N d + d² / 8
+Computed: 1 ×
 With ``fusion="both"`` each has its own transform; ``pooling="average"`` takes the mean over pixels for c.
 Deviations: the last W₂ is not zero at the start (the code: zero, so that adding starts as identity). A layer's zero
 gain gives that for every fusion, and the two zeros together would never train. The bottleneck has at least 4 channels,

@@ -4,6 +4,7 @@ Ainslie et al. 2020, ETC, https://arxiv.org/abs/2004.08483
     G_w = softmax over global tokens w' and tokens j of (γ_w U₁ γ_w' + a_{w'-w}, γ_w U₂ k_j + b_{w(j)-w}) d^-½
     A_u = softmax over pixels v near u and global tokens w of (q_u k_v + c_{v-u}, q_u U₃ (G k)_w + e_{w-w(u)}) d^-½
 Cost: 2 N (k² + 4 windows²) d
+Computed: 1.6 ×
 The four pieces are the paper's: global to global, global to local, local to global, and local to local within a
 window of k × k pixels around each. Each has a bilinear form of its own (U; the identity for local to local) and a
 learned number a head for each relative position, here in two dimensions: of pixels, or of windows. A block has no
@@ -129,8 +130,8 @@ class Block(Mixer):
 
     def pixel_labels(self, q):
         """Labels of each query of a tile and each key of the tile and its rim, (heads, queries, keys)."""
-        at, tile = [], self.near.tile
-        for radius in self.near.radius:
+        at = []
+        for radius, tile in zip(self.near.radius, self.near.tile(q.device)):
             offset = (
                 torch.arange(-radius, tile + radius, device=q.device) - torch.arange(tile, device=q.device)[:, None]
             )

@@ -4,6 +4,7 @@ Gupta & Berant 2020, GMAT, https://arxiv.org/abs/2006.03274
     G_m = softmax over all tokens j of μ_m · k_j d^-½
     A_u = softmax over {v : v in the chunk of u} ∪ {memory m} of q_u · (k_v or κ_m + G_m k) d^-½
 Cost: 2 N c² d + 5 N memory d
+Computed: 1 ×
 ``memory`` tokens m with a learned query μ and a learned part κ of their key; chunks are c × c pixels, c = ``chunk``.
 What a pixel takes from a memory token is what that one has read, so every pixel hears every other.
 Deviations: in the paper the memory goes along from layer to layer as tokens of their own, and is read one layer after

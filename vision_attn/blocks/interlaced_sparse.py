@@ -4,6 +4,7 @@ Huang et al. 2019, ISA; Yuan et al. 2021, OCNet, https://arxiv.org/abs/1907.1227
     long range:  A_u = softmax over {v : v ≡ u modulo the factor, in y and in x} of q_u · k_v d^-½
     short range: A_u = softmax over {v : v in the same factor × factor window as u} of q_u · k_v d^-½
 Cost: 2 N (N / f² + f²) d
+Computed: 1 ×
 Two steps, each with its own projections; together every pixel hears every other where the size is a multiple of the
 factor. Elsewhere the pixels of a cut window miss those whose place it lacks (14×14 with factor 8: 88 % are heard).
 Deviations: padding is masked in both steps (the authors' code attends to it: in an untrained block in eval mode, at 9×9

@@ -3,6 +3,7 @@
 Li et al. 2020, AutoNL, https://arxiv.org/abs/2004.01961
     y = x + BN(DW(θ (φᵀ g) / (H W)))    θ = x[:ρC]   φ = x_s[:ρC]   g = x_s = x[::s, ::s]
 Cost: min(ρ N (1 + 1 / s²) d², (1 + ρ) N² / s² d) + 9 N d
+Computed: 1 ×
 No projections and no softmax: θ, φ and g are the input itself, the first ``ratio`` of its channels and every
 ``stride``-th pixel of it. θ (φᵀ g) and (θ φᵀ) g are the same, and the one with fewer multiply-adds is taken. A
 depthwise 3 × 3 convolution and a BatchNorm follow.

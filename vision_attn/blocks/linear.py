@@ -3,6 +3,7 @@
 Katharopoulos et al. 2020, Transformers are RNNs, https://arxiv.org/abs/2006.16236
     A_i = Σ_j φ(q_i) · φ(k_j) v_j / Σ_j φ(q_i) · φ(k_j)    φ(x) = elu(x) + 1
 Cost: 2 N (d / heads + 1) d
+Computed: 1 ×
 With ``causal=True`` the sums are over what comes before in raster order and the pixel itself: prefix sums in chunks
 of 64, which adds 128 N d, and pixel by pixel a recurrent state of d² / heads + d numbers (``new_cache``, ``step``) that
 does not grow with the image.

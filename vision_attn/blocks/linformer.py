@@ -3,6 +3,7 @@
 Wang et al. 2020, Linformer, https://arxiv.org/abs/2006.04768
     y = softmax(q (E k)ᵀ d^-½) (F v)    E, F: k × N
 Cost: 2 N (rank² + rank) d
+Computed: 1 ×
 The paper's E and F belong to one length of text. In two dimensions they are products of a matrix for the rows and one
 for the columns, k = k_H k_W (``rank`` each), learned for ``length`` pixels an axis. On any other number of pixels each
 entry is spread over the pixels that share its part of the axis, so that sums stay; one grid's weights serve every grid.

@@ -3,6 +3,7 @@
 Mehta et al. 2019, LAMA, https://arxiv.org/abs/1912.00835
     a_h = softmax over t of tanh((Pᵀ c)_h · (Qᵀ x_t)_h)    y_h = Σ_t a_ht v_ht
 Cost: 2 N d
+Computed: 1 ×
 cᵀ P Qᵀ x is bilinear in a global context c and a pixel x, with a matrix of low rank: that of a head is its number of
 key channels (``key_dim=num_heads``: rank 1). c is learned, so Pᵀ c is a learned vector, `context`; Qᵀ x are the keys.
 tanh keeps scores within ±1: no weight is more than e² times another.

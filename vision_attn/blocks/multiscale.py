@@ -3,6 +3,7 @@
 Subramanian et al. 2020, Multi-scale Transformer, https://arxiv.org/abs/2005.00581
     A_u = softmax over {c : c a cell of level l, at most r cells from the one of u} of q_u · k̄_c d^-½
 Cost: 2 N levels k² d
+Computed: 2.3 ×
 Cells of level l have ``scale_factor``^l pixels a side; their keys and values are the means k̄, v̄ over them. The window
 has k = 2 r + 1 = ``kernel_size`` cells a side at each level, so that what is near is seen at every scale, and what is
 far only coarsely. With ``causal=True`` a cell is seen once it is complete: no pixel of it is behind the query.

@@ -4,6 +4,7 @@ Choromanski et al. 2021, Performer, https://arxiv.org/abs/2009.14794
     A_i = Σ_j φ(q_i) · φ(k_j) v_j / Σ_j φ(q_i) · φ(k_j)
     φ(x) = M^-½ exp(ω x̂ - ‖x̂‖² / 2)    x̂ = x d^-¼    so that E φ(q) · φ(k) = exp(q · k d^-½)
 Cost: 4 N M d
+Computed: 1 ×
 A head of d channels has M = d ln d features. ω (M × d) is normal, and orthogonal in blocks of d rows, which makes the
 error smaller; it is a buffer that all heads share, saved with the weights, and `redraw` draws it anew. The larger the
 scores, the more features they take: at scores of several units the estimate is rough.

@@ -2,7 +2,8 @@
 
 He et al. 2021, RealFormer, https://arxiv.org/abs/2012.11747
     S_l = q_l k_lᵀ d^-½ + S_{l-1}      S_0 = 0      A_l = softmax S_l v_l      x_l = x_{l-1} + proj_l A_l
-Cost: N² d layers (layers + 1)
+Cost: 2 layers N² d
+Computed: 1.5 ×
 A sum of products is one product of joined channels: layer l is one flash call on [q_1 … q_l] and [k_1 … k_l], and no
 N×N matrix of scores is kept for the next.
 With ``causal=True`` a position looks at itself and at what comes before it in raster order; prefix tokens come first

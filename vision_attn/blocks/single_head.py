@@ -5,6 +5,7 @@ Merity 2019, SHA-RNN, https://arxiv.org/abs/1911.11423
     a = softmax(q kᵀ d^-½) v    y = a + Boom(LN(x + a))
     Boom(z): GELU(W' z), of 4 d channels, in 4 chunks that are summed
 Cost: 2 N² d
+Computed: 1 ×
 Only queries take a matrix; q_s, k_s, v_s are learned vectors of d gates, U a matrix for the sake of training alone.
 Boom has no second matrix. With ``causal=True`` a position looks at itself and at what comes before it in raster order;
 prefix tokens come first of all and see only one another.

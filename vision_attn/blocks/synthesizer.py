@@ -4,6 +4,7 @@ Tay et al. 2021, Synthesizer, https://arxiv.org/abs/2005.00743
     A_{(y,x),(y',x')} = softmax_{y'} R_{(y,x)}(y') · softmax_{x'} C_{(y',x)}(x')
     dense: R_u = ReLU(q_u) W_R      random: R_u = the y-th row of a learned matrix      C_u likewise, from W_C and x
 Cost: 2 N (H + W) d
+Computed: 1 ×
 The paper's weights are an N×N matrix of logits, made by a two-layer network of each token (dense), learned (random),
 a learned product of two thin matrices (factorized) or a learned mixture. In two dimensions they are factored over
 the axes: first along the row of each pixel, then along the column, so that every pixel hears every other at the

@@ -4,6 +4,7 @@ Shazeer et al. 2020, Talking-Heads Attention, https://arxiv.org/abs/2003.02436
     J_h = q_h k_hᵀ d^-½      L_l = Σ_h P_l[h, l] J_h      W_l = softmax L_l
     U_h = Σ_l P_w[l, h] W_l      o_h = U_h v_h
 Cost: 2 N² d + 2 N² heads²
+Computed: 1 ×
 P_l and P_w (heads × heads) are learned and start as the identity: dense attention, until trained. U may be negative
 and its rows need not sum to 1. With ``mixing_bias=True`` every U_h has a learned number b_w[h] more, for each pair that
 is seen: CaiT's bias of the second mixture. A bias of the first would be a constant to the softmax, which sees none.
