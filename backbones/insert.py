@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from vision_attn import Gate, Grid, OnMap, OnTokens, create_block, create_layer
+from vision_attn import Gate, Grid, OnTokens, create_block, create_layer
 from vision_attn.zoo import block_class
 
 from .grids import GridSource, carry, grid_source
