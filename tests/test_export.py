@@ -165,11 +165,8 @@ def assert_outputs(model, path, names, sizes=SIZES):
     for batch, *size in sizes:
         x = torch.randn(batch, 3, *size)
         wanted = model(x)
-        for got, right in zip(
-            session.run(names, {"image": x.numpy()}),
-            wanted.values() if isinstance(wanted, dict) else wanted,
-            strict=True,
-        ):
+        wanted = wanted.values() if isinstance(wanted, dict) else wanted
+        for got, right in zip(session.run(names, {"image": x.numpy()}), wanted, strict=True):
             torch.testing.assert_close(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5)
 
 
@@ -250,25 +247,23 @@ def test_what_is_no_tensor_is_named(tmp_path, output, said):
 
 
 def test_a_detector_is_refused_in_a_line_and_its_backbone_exported(tmp_path):
-    detectors = torchvision.models.detection
-    model = detectors.FasterRCNN(
-        detectors.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None), 5
-    )
+    backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    model = torchvision.models.detection.FasterRCNN(backbone, num_classes=5)
     with pytest.raises(ValueError, match=r"model=FasterRCNN: gives 3 tensors for one image and 6 for two.*backbone\)$"):
         backbones.export_onnx(model, tmp_path / "m.onnx", image_size=64)
-    backbone = alive(backbones.insert(model.backbone, GATES[0], "body.layer2", input_size=(3, 64, 64))).eval()
+    alive(backbones.insert(backbone, GATES[0], "body.layer2", input_size=(3, 64, 64))).eval()
     backbones.export_onnx(backbone, tmp_path / "m.onnx", image_size=(64, 96))
     assert_outputs(backbone, tmp_path / "m.onnx", ["output_0", "output_1", "output_2", "output_3", "pool"])
 
 
 def test_a_pruned_model_says_what_to_do_first(tmp_path):
-    model, x = resnet("dense").eval(), torch.randn(2, 3, 29, 31)
-    prune.l1_unstructured(model.layer1[0].conv1, "weight", amount=0.3)
+    model, x = Several(torch.relu).eval(), torch.randn(2, 3, 29, 31)
+    prune.l1_unstructured(model.conv, "weight", amount=0.3)
     wanted = model(x)
-    with pytest.raises(ValueError, match=r"^model=CifarResNet: is pruned, .*prune.remove\(module, name\)$"):
-        backbones.export_onnx(model, tmp_path / "m.onnx")
-    prune.remove(model.layer1[0].conv1, "weight")
-    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(29, 31))
+    with pytest.raises(ValueError, match=r"^model=Several: is pruned, .*prune.remove\(module, name\)$"):
+        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29)
+    prune.remove(model.conv, "weight")
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29)
     assert torch.equal(model(x), wanted)
     assert_same_answers(model, tmp_path / "m.onnx", [(2, 40, 28)])
 
