@@ -186,7 +186,7 @@ def segmentation(aux):
     return heads.FCN(backbone, heads.FCNHead(512, 5), heads.FCNHead(256, 5) if aux else None)
 
 
-@pytest.mark.parametrize("aux", [False, True])
+@pytest.mark.parametrize("aux", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_dict_of_segmentations(tmp_path, aux):
     model = alive(backbones.insert(segmentation(aux), GATES[0], "backbone.layer2", input_size=(3, 64, 64))).eval()
     backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(45, 61))
@@ -246,11 +246,19 @@ def test_what_is_no_tensor_is_named(tmp_path, output, said):
         backbones.export_onnx(Several(lambda x: output).eval(), tmp_path / "m.onnx", image_size=29)
 
 
-def test_a_detector_is_refused_in_a_line_and_its_backbone_exported(tmp_path):
+def detector():
     backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
-    model = torchvision.models.detection.FasterRCNN(backbone, num_classes=5)
+    return torchvision.models.detection.FasterRCNN(backbone, num_classes=5)
+
+
+def test_a_detector_is_refused_in_a_line(tmp_path):
     with pytest.raises(ValueError, match=r"model=FasterRCNN: gives 3 tensors for one image and 6 for two.*backbone\)$"):
-        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=64)
+        backbones.export_onnx(detector(), tmp_path / "m.onnx", image_size=64)
+
+
+@pytest.mark.slow
+def test_the_backbone_of_a_detector(tmp_path):
+    backbone = detector().backbone
     alive(backbones.insert(backbone, GATES[0], "body.layer2", input_size=(3, 64, 64))).eval()
     backbones.export_onnx(backbone, tmp_path / "m.onnx", image_size=(64, 96))
     assert_outputs(backbone, tmp_path / "m.onnx", ["output_0", "output_1", "output_2", "output_3", "pool"])
