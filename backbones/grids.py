@@ -31,6 +31,7 @@ class GridSource:
         self.num_prefix_tokens = num_prefix_tokens
         self.thread = Notes()
         self.only: dict[int, Grid | None] = {}  # the one grid that ever had so many positions, None if there were more
+        self.sole: Grid | None = None  # the latest, while no two had as many
 
     def __reduce__(self):
         return GridSource, (self.num_prefix_tokens,)
@@ -48,6 +49,7 @@ class GridSource:
             notes.waiting = (*(other for other in notes.waiting if other != grid), grid)
             if self.only.setdefault(grid.size, grid) != grid:
                 self.only[grid.size] = None
+            self.sole = None if None in self.only.values() else grid
 
     def follow(self, block: nn.Module) -> None:
         """Lets tokens carry their grid into and out of ``block``, at which a checkpoint may begin."""
@@ -72,14 +74,15 @@ class GridSource:
 
     def give(self, mixer: nn.Module, args, kwargs):
         """Forward pre-hook of a mixer that stands where a ViT calls ``attn(x, attn_mask=…, is_causal=…)``."""
-        if len(args) > 1:
-            return None  # graphs of torch.fx have the grid in them
+        if len(args) > 1 and isinstance(args[1], Grid):
+            return None  # graphs of torch.fx have it in them
         masks = kwargs.get("attn_mask"), kwargs.get("is_causal")
         return self.with_grid(without_masks(args[0], *masks, type(mixer).__module__)), {}
 
     def with_grid(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Tokens ``x`` and their grid; ValueError where it is not known."""
-        grid = self.thread.grid if in_graph(x.shape[1]) else self.find(x)
+        # a compiled block can't see whether it runs in backward, where autograd may have a thread of its own
+        grid = self.thread.grid or self.sole if in_graph(x.shape[1]) else self.find(x)
         if grid is None or isinstance(x, fx.Proxy) != isinstance(grid.height, fx.Proxy):
             raise ValueError(
                 f"grid: the patch embedding has not run before these {x.shape[1]} tokens in this thread, or several "

@@ -303,6 +303,23 @@ def test_compiled_models_and_blocks_take_any_grid(whole):
         torch.testing.assert_close(model(x), answer)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_in_threads_and_checkpoints():
+    torch.compiler.reset()
+    model, many = vit(MIXERS[0], depth=1), images(*(WIDE, LARGE) * 3)
+    wanted = [slopes(model, model(x).square().sum()) for x in many]
+    model.blocks[0].compile(fullgraph=True, dynamic=True, backend="eager")
+    model.set_grad_checkpointing()
+    with ThreadPoolExecutor(1) as forward, ThreadPoolExecutor(1) as backward:
+        for x, one in zip(many, wanted):
+            loss = forward.submit(lambda: model(x).square().sum()).result()  # noqa: B023
+            torch.testing.assert_close(backward.submit(slopes, model, loss).result(), one)
+    more = images(*(WIDE, TALL) * 6)
+    answers = [model(x) for x in more]
+    with ThreadPoolExecutor(2) as pool:
+        assert_same(pool.map(model, more), answers)
+
+
 @torch.no_grad()
 def test_vmap_over_images():
     model, (x,) = with_gates(), images(WIDE)
