@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils._pytree import tree_flatten_with_path
 
 from vision_attn import Gate, Mixer, __version__, check, list_blocks
 
@@ -33,12 +35,16 @@ def export_onnx(
 ) -> dict[tuple[int, int, int], float]:
     """Exports ``model`` in eval mode and compares onnxruntime with PyTorch.
 
-    Batch is always dynamic; height and width are where ``dynamic`` is set and the model takes more than one size. A
-    layer whose gain is zero adds nothing, so a wrong graph of it would pass: a copy with random gains and norms is
+    The input is called "image", its axes batch, channels, height and width: batch always varies, height and width do
+    where ``dynamic`` is set and the model takes more than one size. One tensor is called "output", those of a dict by
+    their keys, those of a list or tuple output_0, output_1, …
+
+    A layer whose gain is zero adds nothing, so a wrong graph of it would pass: a copy with random gains and norms is
     exported and checked first. The file names what is needed to use it: see `describe_export`.
 
     Args:
-        model: takes images (B, C, H, W), gives one tensor. It is not changed; a float32 copy on the CPU is exported.
+        model: takes images (B, C, H, W), gives a tensor, or a dict, list or tuple of them, as many for any images. It
+            is not changed; a float32 copy on the CPU is exported.
         path: of the one file to write; folders are made.
         image_size: (height, width) to trace at, or at four times as much where that fails; None: the model's own.
         dynamic: whether height and width may vary.
@@ -48,24 +54,31 @@ def export_onnx(
         metadata: more of it, plain types by name.
 
     Returns:
-        The largest absolute difference at each (batch, height, width) tried, none of them the traced one.
+        The largest absolute difference of any output at each (batch, height, width) tried, none of them the traced one.
 
     Raises:
-        ExportError: a difference is above 1e-4 (fp16: 0.02, int8: 0.5) of the largest output (of 0.01 if that is
-            less), or the graph does not run. No file is left.
-        ValueError: an argument is out of range, or the model does not take images of ``image_size``.
+        ExportError: a difference is above 1e-4 (fp16: 0.02, int8: 0.5) of the output's largest number (of 0.01 if that
+            is less), or torch can't export the model, or the graph does not run. No file is left.
+        ValueError: an argument is out of range; the model does not take images of ``image_size``, is pruned, or gives
+            something else than tensors.
     """
     if not isinstance(opset, int) or opset < 18:
         raise ValueError(f"opset={opset!r}: must be an integer ≥ 18")
     check.one_of("precision", precision, tuple(TOLERANCES))
     channels, *own_size = input_size_of(model)
     size = check.pair("image_size", own_size if image_size is None else image_size)
-    path, model = Path(path), copy.deepcopy(model).cpu().float().eval()
+    path, model = Path(path), _copy(model).cpu().float().eval()
     try:
         with torch.no_grad():
-            model(torch.zeros(1, channels, *size))
+            outputs = [model(torch.zeros(batch, channels, *size)) for batch in (1, 2)]
     except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts sizes
         raise ValueError(f"image_size={size}: the model does not take images of this size: {error}") from error
+    one, two = map(_by_name, outputs)
+    if one.keys() != two.keys():
+        raise ValueError(
+            f"model={type(model).__name__}: gives {len(one)} tensors for one image and {len(two)} for two, as "
+            "detectors do; a part that gives as many for any images can be exported (its backbone)"
+        )
     sizes = _sizes(model, size, dynamic)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -84,6 +97,27 @@ def export_onnx(
         _describe(file, describe_export(model, size) | {"precision": precision} | (metadata or {}))
         file.replace(path)
     return errors
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    if prune.is_pruned(model):
+        raise ValueError(
+            f"model={type(model).__name__}: is pruned, its weights are products with masks; make them weights first: "
+            "torch.nn.utils.prune.remove(module, name)"
+        )
+    return copy.deepcopy(model)
+
+
+def _by_name(output) -> dict[str, Tensor]:
+    """The tensors that a model gave, in the order of torch's exporter."""
+    named = {}
+    for path, tensor in tree_flatten_with_path(output)[0]:
+        keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
+        name = "_".join(keys if keys and keys[0].isidentifier() else ["output", *keys])
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"model: gives {type(tensor).__name__} as {name}, must give nothing but tensors")
+        named[name] = tensor
+    return named
 
 
 def describe_export(model: nn.Module, image_size: tuple[int, int]) -> dict:
@@ -153,12 +187,16 @@ def _awake(model: nn.Module, channels: int, size: tuple[int, int]) -> nn.Module 
     Where features are multiplied by each other answers may run away: then less of it is drawn.
     """
     images = 4 * torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(2))
-    most = 100 * max(1.0, float(model(images).abs().max()))
+    most = 100 * max(1.0, _largest(model, images))
     for share in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16):
         awake = _drawn(model, share)
-        if awake is None or awake(images).abs().max() <= most:
+        if awake is None or _largest(awake, images) <= most:
             break
     return awake
+
+
+def _largest(model: nn.Module, images: Tensor) -> float:
+    return max(float(tensor.abs().max()) for tensor in _by_name(model(images)).values())
 
 
 def _drawn(model: nn.Module, share: float) -> nn.Module | None:
@@ -205,21 +243,27 @@ def _write_and_compare(models, path, channels, size, sizes, dynamic, opset) -> d
 def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], dynamic: bool, opset: int) -> None:
     import onnx  # of the extra "onnx"
 
-    axes = {0: torch.export.Dim.DYNAMIC}
+    axes, images = {0: "batch"}, torch.zeros(2, channels, *size)
     if _varies(model, dynamic):
-        axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    torch.onnx.export(
-        model,
-        (torch.zeros(2, channels, *size),),
-        path,
-        dynamo=True,
-        opset_version=opset,
-        dynamic_shapes=(axes,),
-        input_names=["image"],
-        output_names=["output"],
-        external_data=False,
-        verbose=False,
-    )
+        axes |= {2: "height", 3: "width"}
+    with torch.no_grad():
+        names = list(_by_name(model(images)))
+    try:
+        torch.onnx.export(
+            model,
+            (images,),
+            path,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=(axes,),
+            input_names=["image"],
+            output_names=names,
+            external_data=False,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ExportError(f"torch {torch.__version__} can't export {type(model).__name__}: {cause}") from error
     graph = onnx.load(path)
     (written,) = (entry.version for entry in graph.opset_import if entry.domain == "")
     if written != opset:
@@ -242,15 +286,17 @@ def _compare(
         where = f"at (batch, height, width) = {(batch, height, width)}"
         images = torch.randn(batch, channels, height, width, generator=generator)
         with torch.no_grad():
-            wanted: Tensor = model(images)
+            wanted = _by_name(model(images))
         try:
-            got = session.run(None, {"image": images.numpy()})[0]
+            got = session.run(list(wanted), {"image": images.numpy()})
         except Exception as error:
             raise ExportError(f"{where} onnxruntime can't run the graph: {error}") from error
-        if got.shape != tuple(wanted.shape):
-            raise ExportError(f"{where} onnxruntime gives {got.shape}, PyTorch {tuple(wanted.shape)}")
-        error = float(np.abs(got - wanted.numpy()).max())
-        errors[batch, height, width] = error
-        if not error <= TOLERANCES[precision] * max(0.01, float(wanted.abs().max())):
-            raise ExportError(f"{where} onnxruntime differs from PyTorch by {error:.2g}")
+        errors[batch, height, width] = 0.0
+        for (name, right), answer in zip(wanted.items(), got, strict=True):
+            if answer.shape != tuple(right.shape):
+                raise ExportError(f"{where} onnxruntime gives {answer.shape} as {name}, PyTorch {tuple(right.shape)}")
+            error = float(np.abs(answer - right.numpy()).max())
+            errors[batch, height, width] = max(error, errors[batch, height, width])
+            if not error <= TOLERANCES[precision] * max(0.01, float(right.abs().max())):
+                raise ExportError(f"{where} onnxruntime differs from PyTorch by {error:.2g} in {name}")
     return errors

@@ -5,16 +5,13 @@ Every original parameter keeps its name, and the function stays the same bit for
 
 from collections.abc import Iterable
 
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from vision_attn import Gate, Grid, OnMap, OnTokens, create_block, create_layer
+from vision_attn import Gate, Grid, OnTokens, create_block, create_layer
 from vision_attn.zoo import block_class
 
-from .grids import GridSource, grid_source
+from .grids import GridSource, carry, grid_source
 from .hosts import input_size_of, last_of, like, probe, resolve, stages
-
-register_notrace_module(OnMap)  # torch.fx stops at a check of a shape: timm's tracers take the layer as a whole
 
 
 class Behind:
@@ -26,7 +23,10 @@ class Behind:
     def __call__(self, module: nn.Module, args, output: Tensor) -> Tensor:
         layer = getattr(module, self.name)
         if self.source is not None:
-            return layer(*self.source.with_grid(output))
+            tokens, grid = self.source.with_grid(output)
+            out = layer(tokens, grid)
+            carry(out, grid)
+            return out
         if self.channels_last:
             return layer(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return layer(output)
@@ -86,6 +86,7 @@ def insert(
                     f"{source.num_prefix_tokens} + {grid.height}×{grid.width}"
                 )
             layer = OnTokens(create_block(block, shape[-1], **options, **same), init_gain)
+            source.follow(target)
             ready.append((target, layer, Behind(child, source=source)))
         else:
             channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"

@@ -12,8 +12,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import OFTEN, alive, every_block
+import torchvision
+from conftest import GATES, OFTEN, alive, every_block
 from torch import nn
+from torch.nn.utils import prune
 
 import backbones
 from backbones.export import describe_export
@@ -64,8 +66,7 @@ def test_every_block_exports_for_any_size(tmp_path, make, args, block):
     assert len(errors) == 6 and all(0 <= error < 1e-4 for error in errors.values())
     assert all(height != 28 and width != 36 for _, height, width in list(errors)[1:])
     assert {(28, 36)}.isdisjoint(size[1:] for size in errors) and len({batch for batch, *_ in errors}) > 2
-    free, channels, *size = shape_of_input(tmp_path / "m.onnx")
-    assert channels == 3 and all(isinstance(name, str) for name in (free, *size)) and len({free, *size}) == 3
+    assert shape_of_input(tmp_path / "m.onnx") == ["batch", 3, "height", "width"]
     assert_same_answers(model, tmp_path / "m.onnx")
 
 
@@ -151,6 +152,137 @@ def test_one_file_with_the_weights_in_it(tmp_path):
     assert (tmp_path / "m.onnx").stat().st_size > sum(4 * p.numel() for p in model.parameters())
     weights = onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.initializer
     assert not any(weight.external_data for weight in weights)
+
+
+# Several outputs
+
+
+def assert_outputs(model, path, names, sizes=SIZES):
+    """Of a model that gives a flat dict or list of tensors."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == names
+    assert {output.shape[0] for output in session.get_outputs()} == {"batch"}
+    for batch, *size in sizes:
+        x = torch.randn(batch, 3, *size)
+        wanted = model(x)
+        wanted = wanted.values() if isinstance(wanted, dict) else wanted
+        for got, right in zip(session.run(names, {"image": x.numpy()}), wanted, strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_list_of_features(tmp_path):
+    model = timm.create_model("test_resnet", features_only=True, out_indices=(1, 2, 4))
+    alive(backbones.insert(model, GATES[0], "layer1")).eval()
+    errors = backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(36, 44))
+    assert len(errors) == 6 and max(errors.values()) < 1e-4
+    assert_outputs(model, tmp_path / "m.onnx", ["output_0", "output_1", "output_2"])
+
+
+def segmentation(aux):
+    features = torchvision.models.resnet18(weights=None)
+    layers = {"layer4": "out", "layer3": "aux"} if aux else {"layer4": "out"}
+    heads = torchvision.models.segmentation.fcn
+    backbone = torchvision.models._utils.IntermediateLayerGetter(features, layers)
+    return heads.FCN(backbone, heads.FCNHead(512, 5), heads.FCNHead(256, 5) if aux else None)
+
+
+@pytest.mark.parametrize("aux", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_dict_of_segmentations(tmp_path, aux):
+    model = alive(backbones.insert(segmentation(aux), GATES[0], "backbone.layer2", input_size=(3, 64, 64))).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(45, 61))
+    assert_outputs(model, tmp_path / "m.onnx", ["out", "aux"] if aux else ["out"])
+
+
+@pytest.mark.slow
+def test_torchvisions_segmentation_model(tmp_path):
+    model = torchvision.models.segmentation.fcn_resnet50(
+        weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+    )
+    alive(backbones.insert(model, GATES[0], "backbone.layer3", input_size=(3, 64, 64))).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(45, 61))
+    assert_outputs(model, tmp_path / "m.onnx", ["out", "aux"])
+
+
+class Several(nn.Module):
+    """A small network that gives ``outputs(features)``."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.conv, self.outputs = nn.Conv2d(3, 5, 3, padding=1), outputs
+
+    def forward(self, x):
+        return self.outputs(self.conv(x))
+
+
+def test_outputs_inside_outputs(tmp_path):
+    def outputs(x):
+        return {"maps": (x, [x.relu(), x.mean((2, 3))]), "labels": x.argmax(1), "7": x.exp()}
+
+    model = Several(outputs).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(29, 31))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    names = ["maps_0", "maps_1_0", "maps_1_1", "labels", "output_7"]
+    assert [output.name for output in session.get_outputs()] == names
+    x = torch.randn(3, 3, 17, 23)
+    maps, labels, exp = model(x).values()
+    for got, right in zip(session.run(names, {"image": x.numpy()}), (maps[0], *maps[1], labels, exp), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5)
+
+
+def test_every_output_is_compared(tmp_path):
+    def outputs(x):
+        return x, x * int((x.shape[2] * x.shape[3]) ** 0.5)
+
+    with pytest.raises(backbones.ExportError, match="differs from PyTorch by .* in output_1"):
+        backbones.export_onnx(Several(outputs).eval(), tmp_path / "m.onnx", image_size=(29, 31))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "output, said", [("a word", "str as output"), ({"a": 3}, "int as a"), ([None], "NoneType as output_0")]
+)
+def test_what_is_no_tensor_is_named(tmp_path, output, said):
+    with pytest.raises(ValueError, match=f"model: gives {said}, must give nothing but tensors"):
+        backbones.export_onnx(Several(lambda x: output).eval(), tmp_path / "m.onnx", image_size=29)
+
+
+def detector():
+    backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    return torchvision.models.detection.FasterRCNN(backbone, num_classes=5)
+
+
+def test_a_detector_is_refused_in_a_line(tmp_path):
+    with pytest.raises(ValueError, match=r"model=FasterRCNN: gives 3 tensors for one image and 6 for two.*backbone\)$"):
+        backbones.export_onnx(detector(), tmp_path / "m.onnx", image_size=64)
+
+
+@pytest.mark.slow
+def test_the_backbone_of_a_detector(tmp_path):
+    backbone = detector().backbone
+    alive(backbones.insert(backbone, GATES[0], "body.layer2", input_size=(3, 64, 64))).eval()
+    backbones.export_onnx(backbone, tmp_path / "m.onnx", image_size=(64, 96))
+    assert_outputs(backbone, tmp_path / "m.onnx", ["output_0", "output_1", "output_2", "output_3", "pool"])
+
+
+def test_a_pruned_model_says_what_to_do_first(tmp_path):
+    model, x = Several(torch.relu).eval(), torch.randn(2, 3, 29, 31)
+    prune.l1_unstructured(model.conv, "weight", amount=0.3)
+    wanted = model(x)
+    with pytest.raises(ValueError, match=r"^model=Several: is pruned, .*prune.remove\(module, name\)$"):
+        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29)
+    prune.remove(model.conv, "weight")
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29)
+    assert torch.equal(model(x), wanted)
+    assert_same_answers(model, tmp_path / "m.onnx", [(2, 40, 28)])
+
+
+def test_what_torch_can_not_export_is_said_in_a_line(tmp_path):
+    def outputs(x):
+        return x if x.sum() > 0 else -x
+
+    with pytest.raises(backbones.ExportError, match="torch .* can't export Several: ") as failure:
+        backbones.export_onnx(Several(outputs).eval(), tmp_path / "m.onnx", image_size=29)
+    assert len(str(failure.value).splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def properties(path):

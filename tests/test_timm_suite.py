@@ -47,8 +47,8 @@ def test_timms_own_tests_pass_but_for_what_is_known(tmp_path):
         ("forward_torchscript", f"{RESNET}_cbam", "failed", "out of memory", False),
         ("forward_torchscript", f"{RESNET}_cbam", "passed", "", False),
         ("forward_torchscript", RESNET, "failed", "torch/jit/", False),
-        ("backward_fx", f"{VIT}_cbam", "failed", "TraceError", True),
-        ("backward_fx", f"{RESNET}_cbam", "failed", "TraceError", False),
+        ("forward_fx_torchscript", f"{VIT}_cbam", "failed", "torch/jit/", True),
+        ("backward_fx", f"{VIT}_cbam", "failed", "TraceError", False),
     ],
 )
 def test_a_known_failure_must_fail_as_it_did(kind, name, outcome, message, expected):

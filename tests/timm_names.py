@@ -43,11 +43,9 @@ class Known(NamedTuple):
 
 
 SCRIPT = "TorchScript takes neither hooks that are objects nor jaxtyping's annotations"
-TRACE = "the grid a hook records and the checks of arguments are Python, which torch.fx can't trace"
-KNOWN = (  # the first row that matches holds
+KNOWN = (
     Known("forward_torchscript", "*", r"torch.jit", SCRIPT),
-    Known("forward_fx_torchscript", "resnet*", r"torch.jit", SCRIPT),
-    Known("*_fx*", "vit_*", r"TraceError|attn_mask and is_causal", TRACE),
+    Known("forward_fx_torchscript", "*", r"torch.jit", SCRIPT),
 )
 
 

@@ -1,13 +1,14 @@
 """Gate: a feature map is reweighted or added to, in place. Feature map → feature map."""
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import check
+from .leaf import Leaf
 from .traced import fixed
 
 
-class Gate(nn.Module):
+class Gate(Leaf):
     """A block that works on feature maps (B, C, H, W) and has no matrix of who attends to whom.
 
     A subclass says its mechanism twice, sharing no code: ``reference`` in plain loops, ``gate`` fast.

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from . import check
 from .gate import Gate
 from .grid import Grid
+from .leaf import Leaf
 from .mixer import Mixer
 from .traced import fixed
 
 
-class Residual(nn.Module):
+class Residual(Leaf):
     """x + gain · update(x). ``init_gain=0`` starts as identity, ``init_gain=1`` as the block was published."""
 
     def __init__(self, block: Mixer | Gate, init_gain: float = 0.0):

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from . import check
 from .cache import PatternCache, RemixedPast
 from .grid import Grid
+from .leaf import Leaf
 from .pattern import BlindSpot, Pattern, blind_spot
 from .precision import weight_of
 from .traced import fixed
 from .union import attend
 
 
-class Mixer(nn.Module):
+class Mixer(Leaf):
     """Multi-head attention over the tokens of a grid.
 
     A subclass says its mechanism twice, sharing no code: ``weights`` is the definition, the matrix as the paper
