@@ -49,6 +49,9 @@ HOW = {
                          MIXERS[0], "blocks.2", init_gain=0.5)
     ),
 }  # fmt: skip
+often = pytest.mark.parametrize(
+    "block", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in sorted(MIXERS + GATES)]
+)
 every_way = pytest.mark.parametrize("how", HOW)
 
 
@@ -141,7 +144,7 @@ def test_several_sizes_before_one_backward(how, every, reentrant, monkeypatch):
         torch.testing.assert_close(parameter.grad, slope, rtol=1e-9, atol=1e-9)
 
 
-@every_block
+@often
 def test_a_late_backward_of_the_transposed_size(block):
     model, (x, other) = vit(block, depth=2), images(WIDE, TALL)
     wanted = [slopes(model, model(x).square().sum()), slopes(model, model(other).square().sum())]
@@ -331,9 +334,7 @@ def test_vmap_over_images():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(
-    "block", [b if b in OFTEN else pytest.param(b, marks=pytest.mark.slow) for b in sorted(MIXERS + GATES)]
-)
+@often
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 def test_a_trace_holds_for_its_size_and_refuses_others(block, grad):
     model, (x, other, large, again) = vit(block, depth=1), images(WIDE, TALL, LARGE, WIDE)
