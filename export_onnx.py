@@ -16,6 +16,8 @@ from jsonargparse import ArgumentParser
 
 import backbones
 from training import checkpoint
+from training.setup import restore_model
+from training.trained import check_classifier
 
 
 def export(
@@ -48,11 +50,13 @@ def export(
         raise ValueError("fp16 and int8 exclude each other")
     if (checkpoint_path is None) == (model is None):
         raise ValueError("give either checkpoint or model")
+    if checkpoint_path is not None and pretrained:
+        raise ValueError("pretrained is for model: a checkpoint has weights of its own")
     metadata = {}
     if checkpoint_path is not None:
         saved = checkpoint.load(checkpoint_path)
-        network = timm.create_model(saved["model"], **saved["model_args"], **(model_args or {}))
-        network.load_state_dict(saved["ema"] or saved["state_dict"])
+        check_classifier(checkpoint_path, saved)
+        network = restore_model(checkpoint_path, saved, model_args)
         image_size = image_size or tuple(saved["data"]["input_size"][1:])
         metadata = {key: value for key, value in saved["data"].items() if key != "input_size"}
     else:
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     except backbones.ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -38,6 +38,8 @@ def report(run: str, path: str | None = None, dir: str | None = None, count: int
     add_run(page, saved | {"history": checkpoint.load(newest)["history"]} if newest.exists() else saved)
     if "class_names" in saved["data"]:
         add_classifier(page, folder / "best.pt", dir, count)
+    elif dir is not None:
+        raise ValueError(f"dir={dir}: a report of a pixel model reads no images")
     else:
         for kind in ("samples", "completions"):
             for picture in sorted(folder.glob(f"{kind}-*.png"))[-1:]:

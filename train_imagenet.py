@@ -3,7 +3,8 @@
     python train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml
     python train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml --optim.lr 0.05 --output runs/slower
     python train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml --resume auto
-    python train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml --eval runs/digits/best.pt
+    python train_imagenet.py --data.dir photos --data.img_size 64 --batch-size 16 --output runs/photos
+    python train_imagenet.py --eval runs/photos/best.pt --data.img_size 96
     python train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml --dry-run
     torchrun --nproc-per-node 2 train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml
 

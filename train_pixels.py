@@ -3,7 +3,7 @@
     python train_pixels.py --config configs/digits_pixels.yaml
     python train_pixels.py --config configs/digits_pixels.yaml --model.args.blocks dense --output runs/dense
     python train_pixels.py --config configs/digits_pixels.yaml --resume auto
-    python train_pixels.py --config configs/digits_pixels.yaml --eval runs/pixels/best.pt
+    python train_pixels.py --eval runs/pixels/best.pt
     torchrun --nproc-per-node 2 train_pixels.py --config configs/digits_pixels.yaml
 
 Writes log.csv, checkpoints (see training/checkpoint.py) and pictures to the output folder: samples-EPOCH.png, and

@@ -176,12 +176,14 @@ def source_at(module: nn.Module) -> GridSource | None:
 
 
 def grid_source(model: nn.Module) -> GridSource:
-    """The model's one source of grids, made at first use."""
+    """The model's one source of grids, made at first use; ValueError if there can be none."""
     patch_embed = getattr(model, "patch_embed", None)
     if not hasattr(patch_embed, "dynamic_feat_size"):
         raise ValueError(f"model={type(model).__name__}: gives tokens, but has no patch_embed that tells their grid")
     if (source := source_at(patch_embed)) is not None:
         return source
+    if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
+        raise ValueError("patch_drop_rate: must be 0 beside a block, which needs every patch in its place in the grid")
     source = GridSource(getattr(model, "num_prefix_tokens", 0))
     patch_embed.register_forward_pre_hook(one_size)
     patch_embed.register_forward_hook(source.record)

@@ -11,7 +11,9 @@ import pytest
 import timm
 import torch
 from conftest import alive
+from pictures import make_folder
 from PIL import Image
+from scripts import load
 from timm.data import create_transform, resolve_data_config
 
 import backbones
@@ -95,6 +97,35 @@ def test_commands_name_existing_files():
             assert (ROOT / next(word for word in words if word.endswith(".py"))).is_file(), command
             assert all((ROOT / word).is_file() for word in words if word.startswith("configs/")), command
     assert len(commands) >= 6
+
+
+def test_the_commands_for_ones_own_folder_run(tmp_path, monkeypatch, capsys):
+    """As written, but for fewer epochs; the first command twice, as it goes on by itself."""
+    section = README.partition("### Your own folder\n")[2].partition("\n#")[0]
+    (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    train, *others = [shlex.split(line, comments=True)[1:] for line in block.replace("\\\n", " ").splitlines()]
+    assert len(others) == 4
+    make_folder(tmp_path / "photos", images=8)
+    make_folder(tmp_path / "new_photos", splits=("val",))
+    monkeypatch.chdir(tmp_path)
+    place = train.index("--epochs") + 1
+    for epochs in ("1", "2"):
+        assert load("train_imagenet").main([*train[1:place], epochs, *train[place + 1 :]]) == 0
+    out = capsys.readouterr().out
+    assert "3×64×64, 2 classes; folder photos: 16 images an epoch" in out
+    assert "goes on from runs/photos/step-00000001.pt: epoch 2, step 1" in out
+    for script, *words in others:
+        assert load(script.removesuffix(".py")).main(words) == 0, words
+    out = capsys.readouterr().out
+    for told in (
+        "input 3×64×64",
+        "input 3×96×96",
+        "folder new_photos: 6 to evaluate",
+        "photos.onnx: largest difference",
+    ):
+        assert told in out
+    assert load("train_imagenet").main([*train[1:], "--data.val_split", "validation"]) == 2
+    assert "has no folder validation, it has train, val" in capsys.readouterr().err
 
 
 def test_relative_links_lead_somewhere():

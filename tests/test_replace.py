@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import GATES, MIXERS, every_block, every_mixer
-from timm.layers import Attention
+from timm.layers import Attention, PatchDropout
 from timm.models.eva import EvaAttention
 from torch import nn
 
@@ -316,11 +316,20 @@ def test_masks_of_the_host_are_refused(block):
 
 @every_mixer
 def test_tokens_that_are_not_the_grid_are_refused(block):
-    model, x = made("vit_tiny_patch16_224", **VIT, patch_drop_rate=0.4), images(48, 80)
+    model, x = made("vit_tiny_patch16_224", **VIT), images(48, 80)
     backbones.replace(model, block)
+    model.patch_drop = PatchDropout(0.4).eval()  # which replace itself would refuse
     assert model(x).isfinite().all()
     with pytest.raises(ValueError, match=r"x has 10 tokens, but the latest patch embedding made 1 \+ 3×5"):
         model.train()(x)
+
+
+@pytest.mark.parametrize("add", [backbones.insert, backbones.replace])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_dropped_patches_are_refused(add, name):
+    model = made(name, **(EVA if name.startswith("eva") else VIT), patch_drop_rate=0.4)
+    with pytest.raises(ValueError, match="patch_drop_rate: must be 0 beside a block"):
+        add(model, "criss_cross")
 
 
 @every_mixer

@@ -11,7 +11,7 @@ from training.config import Config
 from training.datasets import create_datasets
 from training.distributed import Processes
 from training.task import Task
-from training.trained import check_classes
+from training.trained import check_classifier
 from training.transforms import eval_transform, train_transform
 
 
@@ -21,21 +21,21 @@ class Classification(Task):
     best_of, sign = "top1", 1
 
     def __init__(self, config: Config, processes: Processes, saved: dict | None = None):
-        self.config = config
+        self.config, self.saved, self.notes = config, saved, []
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        given = saved["model_args"] if saved else config.model.args
-        self.in_chans = given.get("in_chans", 3)
+        args, known = config.model.args, None
         if saved:
-            check_classes(config.eval, saved)
+            check_classifier(config.eval, saved)
+            args, known = evaluated_model_args(saved, args), saved["data"]["class_names"]
+        self.in_chans = args.get("in_chans", 3)
 
         def create():
-            return create_datasets(config.data, self.in_chans, config.seed, processes.size)
+            source = config.data, self.in_chans, config.seed, processes.size
+            return create_datasets(*source, known, self.notes.append)
 
         self.train_set, self.val_set, self.classes = processes.main_first(create) if config.data.download else create()
         self.num_classes = len(self.classes)
-        if saved:
-            check_classes(config.eval, saved, self.classes)
-        self.model_args = given if saved else complete_model_args(config, self.num_classes, self.in_chans)
+        self.model_args = args if saved else complete_model_args(config, self.num_classes, self.in_chans)
         augment = config.augment
         self.mixup = None
         if augment.mixup or augment.cutmix:
@@ -47,9 +47,10 @@ class Classification(Task):
             self.mixup = Mixup(augment.mixup, augment.cutmix, **smoothing)
 
     def data(self, model: nn.Module) -> dict:
-        """mean, std, input_size, interpolation, crop_pct, of the configuration, else of the model; class_names."""
+        """mean, std, input_size, interpolation, crop_pct, of the configuration, else of the checkpoint to evaluate,
+        else of the model; class_names."""
         config, in_chans = self.config, self.in_chans
-        known = resolve_data_config(model=model)
+        known = self.saved["data"] if self.saved else resolve_data_config(model=model)
         size = config.data.img_size or config.model.args.get("img_size") or known["input_size"][1:]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         resolved = dict(
@@ -120,3 +121,8 @@ def complete_model_args(config: Config, num_classes: int, in_chans: int) -> dict
     if config.data.img_size and published and published.fixed_input_size:
         args.setdefault("img_size", config.data.img_size)
     return args
+
+
+def evaluated_model_args(saved: dict, given: dict) -> dict:
+    """The arguments of a checkpoint's model and those given, but its own img_size, which its weights are of."""
+    return saved["model_args"] | {key: value for key, value in given.items() if key != "img_size"}

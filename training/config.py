@@ -4,16 +4,38 @@ Values are checked when the configuration is put together; a bad one raises Valu
 is allowed. Types and unknown names are checked before that, by the parser.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
+SOURCES = {  # what says where their images are
+    "digits": (),
+    "cifar10": ("dir", "download"),
+    "cifar100": ("dir", "download"),
+    "folder": ("dir", "train_split", "val_split"),
+    "hfds": ("dir", "train_split", "val_split", "input_key", "target_key"),
+    "wds": ("dir", "train_split", "val_split", "input_key", "target_key", "num_classes"),
+}
+
 
 def check(name: str, value, ok: bool, allowed: str):
     if not ok:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def complete_source(data: "DataConfig | ImageConfig"):
+    """Choose the source where none is named, and write out ~ in dir; ValueError for options that the source ignores."""
+    data.name = data.name or ("digits" if data.dir is None else "folder")
+    data.dir = data.dir and os.path.expanduser(data.dir)
+    options = ("dir", "download", "train_split", "val_split", "input_key", "target_key")
+    uses = SOURCES.get(data.name.partition("/")[0], options)
+    for option in options:
+        value = getattr(data, option, None)
+        hint = "; data.name folder reads images of your own" if option == "dir" else ""
+        check(f"data.{option}", value, option in uses or not value, f"left out with data.name {data.name}{hint}")
 
 
 @dataclass
@@ -36,7 +58,8 @@ class DataConfig:
     """Images.
 
     Args:
-        name: digits, cifar10, cifar100, folder, hfds/NAME (Hugging Face datasets) or wds (WebDataset shards).
+        name: digits, cifar10, cifar100, folder, hfds/NAME (Hugging Face datasets) or wds (WebDataset shards); null
+            takes folder if dir is given, else digits.
         dir: where the images are: the root of cifar10, cifar100, folder and wds; the cache of hfds.
         download: let cifar10 and cifar100 be downloaded into dir.
         train_split: a folder name, a split name or a shard pattern; null takes the usual names of the source.
@@ -52,7 +75,7 @@ class DataConfig:
         workers: loader processes for training, and as many for validation; 0 loads in the main process.
     """
 
-    name: str = "digits"
+    name: str | None = None
     dir: str | None = None
     download: bool = False
     train_split: str | None = None
@@ -68,13 +91,9 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self):
+        complete_source(self)
         kind = self.name.partition("/")[0]
-        check(
-            "data.name",
-            self.name,
-            kind in ("digits", "cifar10", "cifar100", "folder", "hfds", "wds"),
-            "digits, cifar10, cifar100, folder, hfds/NAME or wds",
-        )
+        check("data.name", self.name, kind in SOURCES, "digits, cifar10, cifar100, folder, hfds/NAME or wds")
         check("data.name", self.name, kind != "hfds" or len(self.name) > len("hfds/"), "hfds/NAME, with a name")
         check("data.train_images", self.train_images, self.train_images is None or self.train_images >= 1, "at least 1")
         check("data.num_classes", self.num_classes, self.num_classes is None or self.num_classes >= 2, "at least 2")
@@ -181,7 +200,7 @@ class RunConfig:
         keep: checkpoints to keep, the newest ones; the best is kept beside them.
         tensorboard: also write the log for TensorBoard.
         resume: checkpoint to go on from, or auto: the newest good one in output, none if there is none.
-        eval: checkpoint to evaluate; trains nothing.
+        eval: checkpoint to evaluate, its model on its images where nothing else is given; trains nothing.
         eval_first: evaluate before the first step, too.
         dry_run: print the configuration and what an epoch would take; trains and writes nothing.
     """
@@ -209,6 +228,9 @@ class RunConfig:
     dry_run: bool = False
 
     def __post_init__(self):
+        for name in ("output", "resume", "eval"):
+            path = getattr(self, name)
+            setattr(self, name, path and os.path.expanduser(path))
         passes = self.optim.accumulate
         check("epochs", self.epochs, self.epochs >= 1, "at least 1")
         check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
@@ -246,22 +268,53 @@ class Config(RunConfig):
             check("batch_size", self.batch_size, self.batch_size % (2 * passes) == 0, allowed)
 
 
-def parse(description: str, argv: list[str] | None = None, kind: type = Config):
+def parse(description: str, argv: list[str] | None = None, kind: type = Config, saved: dict | None = None):
     """The `kind` of the command line `argv` (default: this process's), on top of any --config FILE in it.
 
     Options may be written with - for _, and those that are true or false without a value.
     Exits with code 2 and one line that names it for an unknown name, a wrong type or a bad value.
+
+    Args:
+        saved: the checkpoint to evaluate, whose model and images are taken where nothing else is given.
     """
-    parser = ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    parser.add_class_arguments(kind)
-    namespace = parser.parse_args(_spelled_out(sys.argv[1:] if argv is None else argv, kind))
+    parser, words = _parser(description, argv, kind)
+    if saved:
+        parser.set_defaults({"model.name": saved["model"]})
+        source = source_of(saved)
+        if parser.parse_args(words, defaults=False).get("data.name", source["name"]) == source["name"]:
+            options = {f"data.{name}": value for name, value in source.items()}
+            parser.set_defaults({name: value for name, value in options.items() if name in parser.get_defaults()})
+    namespace = parser.parse_args(words)
     try:
         values = parser.instantiate(namespace)
         values.pop("config")
         return kind(**vars(values))
     except ValueError as error:
         sys.exit(_exit_line(error))
+
+
+def file_to_evaluate(description: str, argv: list[str] | None = None, kind: type = Config) -> str | None:
+    """What the command line, or a --config FILE in it, gives as eval."""
+    parser, words = _parser(description, argv, kind)
+    given = parser.parse_args(words, defaults=False)
+    if given.get("resume") or given.get("dry_run"):  # beside which parse refuses eval
+        return None
+    return given.get("eval") and os.path.expanduser(given.get("eval"))
+
+
+def source_of(saved: dict) -> dict:
+    """Where the images of a checkpoint are: the options of `data` that say so."""
+    data = saved["config"]["data"]
+    uses = SOURCES[data["name"].partition("/")[0]]
+    return {name: data[name] for name in ("name", *uses) if name in data}
+
+
+def _parser(description: str, argv: list[str] | None, kind: type) -> tuple[ArgumentParser, list[str]]:
+    parser = ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    parser.add_class_arguments(kind)
+    parser.set_defaults({"data.name": None})  # of a DataConfig without arguments, which has chosen already
+    return parser, _spelled_out(sys.argv[1:] if argv is None else argv, kind)
 
 
 def _spelled_out(argv: list[str], kind: type) -> list[str]:

@@ -1,5 +1,6 @@
 """Datasets by name, as pairs (PIL image, class index); name(index) tells of an image where it is."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,9 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 from training.config import DataConfig
+from training.image_folder import ImageFolder, endings, find_split, order, read_split
 from training.shards import Shards
 
-FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 DIGITS_SPLIT = dict(test_size=360, random_state=0)
 
 
@@ -51,14 +52,20 @@ class Digits(Dataset):
 
 
 class Read(Dataset):
-    """What a reader of timm finds; unlike timm's own dataset it raises for a file it can't read."""
+    """What a reader of timm finds; unlike timm's own dataset it raises for a file it can't read.
 
-    def __init__(self, reader):
-        self.reader = reader
+    Args:
+        numbers: class indices of labels that are text.
+    """
+
+    def __init__(self, reader, numbers: dict[str, int] | None = None):
+        self.reader, self.numbers = reader, numbers
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, target = self.reader[index]
-        return Image.open(file), target
+        file, label = self.reader[index]
+        if label is None:
+            raise ValueError("has no label")
+        return Image.open(file), self.numbers[label] if self.numbers else int(label)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -100,15 +107,21 @@ class Held(Dataset):
 
 
 def create_datasets(
-    config: DataConfig, in_chans: int = 3, seed: int = 0, processes: int = 1
-) -> tuple[Dataset | Shards, Dataset | Shards, list[str]]:
+    config: DataConfig,
+    in_chans: int = 3,
+    seed: int = 0,
+    processes: int = 1,
+    known: list[str] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> tuple[Dataset | Shards | None, Dataset | Shards, list[str]]:
     """The training set, the validation set, and the names of their classes.
 
     digits            see Digits
     cifar10, cifar100 torchvision's, under config.dir
-    folder            config.dir/train/CLASS/*.jpg and config.dir/val/CLASS/*.jpg
+    folder            config.dir/train/CLASS/IMAGE and config.dir/val/CLASS/IMAGE: see image_folder.py
     hfds/NAME         what datasets.load_dataset(NAME) gives: a name on the Hub, or a local folder of parquet files or
-                      images (what Dataset.save_to_disk wrote is not such a folder; what Dataset.to_parquet wrote is)
+                      images (what Dataset.save_to_disk wrote is not such a folder; what Dataset.to_parquet wrote is);
+                      labels that are text become classes in the order of their names
     wds               shards under config.dir, splits named by _info.json or as 'train-{0000..0009}.tar|IMAGE_COUNT';
                       the order of the images depends on the numbers of processes and workers, of which there must not
                       be more than shards
@@ -117,9 +130,13 @@ def create_datasets(
         in_chans: 3 reads colour images, 1 grey ones.
         seed: of the order of shards.
         processes: that divide the shards.
+        known: classes of a trained model that is to be evaluated: folder and hfds then read the validation set alone,
+            which may lack some of them, and give None as the training set.
+        tell: is called with a line for each split of which something was left out.
 
     Raises:
-        ValueError: if the data are not there, are not what config says, or have fewer than two classes.
+        ValueError: if the data are not there, are not what config says, or have fewer than two classes or others than
+            those known.
     """
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 1 (grey) or 3 (colour) for images, got {in_chans}")
@@ -129,7 +146,7 @@ def create_datasets(
         kind = config.name.partition("/")[0]
         source = {"cifar10": _cifar, "cifar100": _cifar, "folder": _folder, "hfds": _hfds, "wds": _wds}[kind]
         try:
-            train, val, classes = source(config)
+            train, val, classes = source(config, known, tell)
             if kind == "wds":
                 _spread(train, config, processes)
                 train.seed = seed
@@ -138,11 +155,13 @@ def create_datasets(
             raise ValueError(f"data.name {config.name}, data.dir {config.dir}: {reason}") from error
     if len(val) == 0:
         raise ValueError(f"data.dir {config.dir} has no validation images")
+    if known not in (None, classes):
+        raise ValueError(f"the checkpoint knows the classes {known}, the data have {classes}")
     if len(classes) < 2:
         raise ValueError(f"data.dir {config.dir} must have at least 2 classes, has {len(classes)}: {classes}")
     if config.num_classes not in (None, len(classes)):
         raise ValueError(f"data.num_classes is {config.num_classes}, but {config.name} has {len(classes)} classes")
-    if config.train_images is not None:
+    if config.train_images is not None and train is not None:
         if isinstance(train, Shards) or config.train_images > len(train):
             allowed = "null for shards" if isinstance(train, Shards) else f"at most {len(train)}"
             raise ValueError(f"data.train_images must be {allowed}, got {config.train_images}")
@@ -159,7 +178,7 @@ def _directory(config: DataConfig) -> Path:
     return path
 
 
-def _cifar(config):
+def _cifar(config, known, tell):
     root = _directory(config)
     train, val = (
         create_dataset(f"torch/{config.name}", root=root, split=split, download=config.download)
@@ -168,40 +187,55 @@ def _cifar(config):
     return Held(train, f"{config.name} train"), Held(val, f"{config.name} test"), list(train.classes)
 
 
-def _folder(config):
+def _folder(config, known, tell):
     root = _directory(config)
+    train = None if known else read_split(find_split(root, "train", config.train_split))
+    val = read_split(find_split(root, "val", config.val_split))
+    for split in filter(None, (train, val)):
+        if split.left_out:
+            tell(split.left_out)
+    classes = _classes((train or val).images, val.images, known, f"data.dir {root}")
+    return train and ImageFolder(train.images, classes), ImageFolder(val.images, classes), classes
 
-    def split(kind, **kwargs):
-        given = getattr(config, f"{kind}_split")
-        names = (given,) if given else FOLDERS[kind]
-        found = [root / name for name in names if (root / name).is_dir()]
-        if not found:
-            raise ValueError(f"data.dir {root} has no folder {' or '.join(names)}")
-        return create_dataset("", root=found[0], search_split=False, **kwargs).reader
 
-    train = split("train")
-    class_to_idx = train.class_to_idx
-    extra = sorted(set(split("val").class_to_idx) - set(class_to_idx))
+def _hfds(config, known, tell):
+    def read(split):
+        keys = dict(input_key=config.input_key, target_key=config.target_key)
+        return create_dataset(config.name, root=config.dir, split=split, **keys).reader
+
+    train = None if known else read(config.train_split or "train")
+    val = read(config.val_split or "validation")
+    class_to_idx = (train or val).class_to_idx
+    if class_to_idx:
+        return train and Read(train), Read(val), sorted(class_to_idx, key=class_to_idx.get)
+
+    trained, tested = (_labels(reader, config.target_key or "label") for reader in (train or val, val))
+    is_text = any(isinstance(label, str) for label in trained)
+    trained = trained if is_text else map(str, range(max(trained) + 1))
+    classes = _classes(trained, map(str, tested), known, f"data.name {config.name}")
+    numbers = {name: index for index, name in enumerate(classes)} if is_text else None
+    return train and Read(train, numbers), Read(val, numbers), classes
+
+
+def _labels(reader, key: str) -> set:
+    """The labels of a reader of hfds: text or integers; what has none is told of when it is read."""
+    labels = {label for label in reader.dataset.unique(key) if label is not None}
+    return {int(label) if isinstance(label, bool) else label for label in labels}
+
+
+def _classes(trained, tested, known: list[str] | None, place: str) -> list[str]:
+    """The names known, or those of the training set in order; ValueError if the validation set has others."""
+    tested = set(tested)
+    if known:
+        return known if tested <= set(known) else sorted(tested, key=order)  # which is refused
+    trained = sorted(trained, key=order)
+    extra = sorted(tested - set(trained), key=order)
     if extra:
-        raise ValueError(f"data.dir {root}: validation has classes that training lacks: {', '.join(extra)}")
-    return Read(train), Read(split("val", class_map=class_to_idx)), list(class_to_idx)
+        raise ValueError(f"{place}: validation has classes that training lacks: {', '.join(extra)}")
+    return trained
 
 
-def _hfds(config):
-    train, val = (
-        create_dataset(
-            config.name, root=config.dir, split=split, input_key=config.input_key, target_key=config.target_key
-        ).reader
-        for split in (config.train_split or "train", config.val_split or "validation")
-    )
-    class_to_idx = train.class_to_idx
-    if not class_to_idx:  # labels are plain numbers
-        labels = train.dataset.unique(config.target_key or "label")
-        class_to_idx = {str(label): label for label in range(max(labels) + 1)}
-    return Read(train), Read(val), sorted(class_to_idx, key=class_to_idx.get)
-
-
-def _wds(config):
+def _wds(config, known, tell):
     root = _directory(config)
     if config.num_classes is None:
         raise ValueError("data.num_classes must be given for data.name wds")
@@ -214,7 +248,8 @@ def _wds(config):
             raise ValueError(f"data.dir {root} has no shard {', '.join(missing)}")
         if not reader.num_samples:
             raise ValueError(f"data.dir {root}: say how many images {name} has, as in {name}|IMAGE_COUNT")
-        keys = tuple((config.input_key or "jpg;jpeg;png;webp").split(";"))
+        usual = ("jpg", "jpeg", "png", "webp", *sorted(ending[1:] for ending in endings()))  # the first one counts
+        keys = tuple(config.input_key.split(";")) if config.input_key else usual
         return Shards(paths, reader.num_samples, keys, config.target_key, shuffle=training)
 
     train, val = split(config.train_split or "train", True), split(config.val_split or "validation", False)

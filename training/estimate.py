@@ -18,7 +18,7 @@ def estimate(training) -> int:
     """
     cuda = training.processes.device.type == "cuda"
     training.say(yaml.safe_dump(dataclasses.asdict(training.config), sort_keys=False))
-    training.say(training.describe())
+    training.introduce()
     training.stop.restore()  # nothing to save
     moments = [time.perf_counter()]
     for number, _ in enumerate(training.steps(), start=1):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 from torchvision.utils import make_grid, save_image
 
-from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, check
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, check, complete_source
 from training.datasets import Digits, create_datasets
 from training.distributed import Processes
 from training.seeding import seed_of
@@ -28,21 +29,22 @@ class ImageConfig:
     """Images.
 
     Args:
-        name: digits (8×8, 17 levels), cifar10, or folder.
-        dir: where the images are: the root of cifar10, or DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg.
+        name: digits (8×8, 17 levels), cifar10, or folder; null takes folder if dir is given, else digits.
+        dir: where the images are: the root of cifar10, or of DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE.
         download: let cifar10 be downloaded into dir.
         img_size: side of the square that is modelled, in pixels; larger images are resized, and cut to their centre.
             null takes that of digits and cifar10, and for a folder the model's.
         workers: loader processes for training, and as many for testing; 0 loads in the main process.
     """
 
-    name: str = "digits"
+    name: str | None = None
     dir: str | None = None
     download: bool = False
     img_size: int | None = None
     workers: int = 0
 
     def __post_init__(self):
+        complete_source(self)
         check("data.name", self.name, self.name in LEVELS, "digits, cifar10 or folder")
         check("data.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "at least 1")
         if self.name == "digits":
@@ -106,14 +108,17 @@ class Pixels(Task):
 
     def __init__(self, config: PixelConfig, processes: Processes, saved: dict | None = None):
         self.config, self.processes = config, processes
-        self.levels = LEVELS[config.data.name]
+        self.levels, self.notes = LEVELS[config.data.name], []
         if saved and saved["model_args"].get("levels") != self.levels:
             has = f"{config.data.name} has {self.levels}"
             raise ValueError(f"{config.eval} holds a model of {saved['model_args'].get('levels')} levels, {has}")
-        self.model_args = saved["model_args"] if saved else complete_model_args(config)
+        if saved and config.data.img_size not in (None, saved["model_args"]["img_size"]):
+            has = saved["model_args"]["img_size"]
+            raise ValueError(f"data.img_size is {config.data.img_size}, but {config.eval} holds a model of {has}")
+        self.model_args = saved["model_args"] | config.model.args if saved else complete_model_args(config)
 
         def create():
-            return create_images(config.data, self.model_args["in_chans"])
+            return create_images(config.data, self.model_args["in_chans"], self.notes.append)
 
         self.train_set, self.val_set = processes.main_first(create) if config.data.download else create()
 
@@ -188,8 +193,10 @@ def complete_model_args(config: PixelConfig) -> dict:
     return args
 
 
-def create_images(config: ImageConfig, in_chans: int) -> tuple[Dataset, Dataset]:
-    """The training set and the test set, as pairs (PIL image, class index).
+def create_images(
+    config: ImageConfig, in_chans: int, tell: Callable[[str], None] = lambda line: None
+) -> tuple[Dataset, Dataset]:
+    """The training set and the test set, as pairs (PIL image, class index); `tell` as in `create_datasets`.
 
     Raises:
         ValueError: as `create_datasets`; in_chans is not 1 for digits.
@@ -199,7 +206,7 @@ def create_images(config: ImageConfig, in_chans: int) -> tuple[Dataset, Dataset]
             raise ValueError(f"in_chans must be 1 (grey) for digits, got {in_chans}")
         return Digits(train=True, raw=True), Digits(train=False, raw=True)
     source = DataConfig(config.name, config.dir, config.download, workers=config.workers)
-    train, test, _ = create_datasets(source, in_chans)
+    train, test, _ = create_datasets(source, in_chans, tell=tell)
     return train, test
 
 

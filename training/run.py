@@ -16,14 +16,14 @@ from torch import nn
 from tqdm import tqdm
 
 from training import checkpoint, distributed
-from training.config import RunConfig, parse
+from training.config import RunConfig, file_to_evaluate, parse
 from training.distributed import Processes, load_optimizer, load_weights, whole
 from training.engine import NotFinite, Step, hidden, mean_over, steps
 from training.estimate import duration, estimate
 from training.folder import Folder
 from training.loader import BadImages, Batches, Samples, StreamSamples
 from training.seeding import seed_all
-from training.setup import create_model, create_state, find_device, first_line
+from training.setup import create_model, create_state, find_device, first_line, restore_model
 from training.shards import Shards
 from training.signals import Stop
 from training.task import Task
@@ -35,10 +35,16 @@ def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | No
     """Run what the command line `argv` says; returns the exit code."""
     stop = Stop()
     try:
-        config = parse(doc.splitlines()[0], argv, kind)
+        saved, title = None, doc.splitlines()[0]
+        if path := file_to_evaluate(title, argv, kind):
+            try:
+                saved = checkpoint.load(path)
+            except (ValueError, OSError) as error:
+                return _refuse(error)
+        config = parse(title, argv, kind, saved)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        code = _main(task, config, stop)
+        code = _main(task, config, stop, saved)
         if code == 0:  # else other processes may not be there to wait for
             distributed.stop()
         return code
@@ -46,10 +52,10 @@ def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | No
         stop.restore()
 
 
-def _main(task: type[Task], config: RunConfig, stop: Stop) -> int:
+def _main(task: type[Task], config: RunConfig, stop: Stop, saved: dict | None) -> int:
     try:
         processes = distributed.start(find_device(config.device))
-        run = (Evaluation if config.eval else Training)(task, config, processes, stop)
+        run = Evaluation(task, config, processes, stop, saved) if saved else Training(task, config, processes, stop)
     except (ValueError, OSError) as error:
         return _refuse(error)
     try:
@@ -58,7 +64,7 @@ def _main(task: type[Task], config: RunConfig, stop: Stop) -> int:
         best = run()
     except FloatingPointError as error:
         return _refuse(f"{error}; {run.standing()}", code=1)
-    except (BadImages, OSError) as error:
+    except (ValueError, OSError) as error:  # of unreadable images, of a forward pass, of a full disk
         return _refuse(f"{_last_line(error)}; {run.standing()}")
     missed = best is not None and run.task.missed(best)
     return _refuse(missed, code=1) if missed else 0
@@ -71,7 +77,7 @@ def _refuse(error: Exception | str, code: int = 2) -> int:
 
 def _last_line(error: Exception | str) -> str:
     """What is wrong in one line: the last, since a loader process's error holds its whole traceback."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def printable(text: str) -> str:
@@ -121,9 +127,37 @@ class Run:
             asked_to_stop=lambda: self.stop.reason is not None,
         )
 
+    @torch.no_grad()
+    def try_forward(self, model: nn.Module, resize: bool = False):
+        """ValueError if the model does not take the images; `resize` first brings what it has learned to their size."""
+        images, targets, _ = self.val_batches.blank()
+        try:
+            if resize:
+                model.set_input_size(img_size=tuple(images.shape[-2:]))  # timm's, which makes masks on the CPU
+                model.to(images.device)
+            self.task.measure(model.eval(), images, targets)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            size = "×".join(map(str, images.shape[1:]))
+            raise ValueError(f"{self.config.model.name} does not take images of {size}: {first_line(error)}") from error
+
     def standing(self) -> str:
         """What there is to go on from."""
         return "nothing was written"
+
+    def introduce(self):
+        """Say what runs, and what was left out of the images."""
+        self.say(self.describe())
+        for note in self.task.notes:
+            self.say(f"note: {note}")
+
+    def describe(self) -> str:
+        """Model, data and machine in a line."""
+        raise NotImplementedError
+
+    def source(self) -> str:
+        """Where the images are from."""
+        data = self.config.data
+        return f"{data.name} {data.dir}" if data.dir else data.name
 
     def say(self, line: str):
         """Print a line, once for all processes."""
@@ -134,24 +168,37 @@ class Run:
 class Evaluation(Run):
     """A checkpoint and the images to evaluate it on; called, prints its metrics and returns the one that counts."""
 
-    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop):
+    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop, saved: dict):
         super().__init__(config, processes, stop)
-        saved = checkpoint.load(config.eval)
+        name = saved["model"]
+        if config.model.name != name:
+            raise ValueError(f"model.name is {config.model.name}, but {config.eval} holds {name}")
         self.task = task(config, processes, saved)
-        self.model = create_model(saved["model"], saved["model_args"])
-        self.model.load_state_dict(saved["ema"] or saved["state_dict"])
+        self.model = restore_model(config.eval, saved, self.task.model_args)
+        self.data = self.task.data(self.model)
         self.model.to(processes.device, memory_format=self.task.memory_format)
-        self.val_batches = self.create_batches(self.task.val_set, self.task.transforms(saved["data"])[1], saved["data"])
+        self.val_batches = self.create_batches(self.task.val_set, self.task.transforms(self.data)[1], self.data)
+        other = self.data["input_size"] != saved["data"]["input_size"]
+        self.try_forward(self.model, resize=other and hasattr(self.model, "set_input_size"))
         if config.compile:
             self.model.compile()
 
     def __call__(self) -> float | None:
+        self.introduce()
         metrics = self.evaluate(self.model)
         if metrics is None:
             self.say(f"stopped by {self.stop.reason}")
             return None
         self.say("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return metrics[self.task.best_of]
+
+    def describe(self) -> str:
+        """Model and data in a line."""
+        size = "×".join(map(str, self.data["input_size"]))
+        return (
+            f"{self.config.eval}: {self.config.model.name}, input {size}, {self.task.title(self.data)}; "
+            f"{self.source()}: {self.val_batches.num_images} to evaluate"
+        )
 
 
 class Training(Run):
@@ -200,16 +247,6 @@ class Training(Run):
         if saved:
             self.restore(saved)
 
-    @torch.no_grad()
-    def try_forward(self, model: nn.Module):
-        """ValueError if the model does not take the images."""
-        images, targets, _ = self.val_batches.blank()
-        try:
-            self.task.measure(model.eval(), images, targets)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            size = "×".join(map(str, images.shape[1:]))
-            raise ValueError(f"{self.config.model.name} does not take images of {size}: {first_line(error)}") from error
-
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, which the main process finds."""
         if self.config.dry_run:
@@ -228,6 +265,9 @@ class Training(Run):
         if then != now:
             sizes = "{} training images in batches of {}"
             raise ValueError(f"{self.output.last} is of {sizes.format(*then)}, not {sizes.format(*now)}")
+        then, now = (side["data"].get("class_names") for side in (saved, self.record))
+        if then != now:
+            raise ValueError(f"{self.output.last} knows the classes {then}, the data have {now}")
         for key in ("name", "momentum", "weight_decay", "args"):  # which the optimizer's own state brings back
             then, now = (side["config"]["optim"][key] for side in (saved, self.record))
             if then != now:
@@ -250,7 +290,7 @@ class Training(Run):
         if not self.processes.from_main(kept):
             self.say(f"note: best.pt, of step {self.metrics['best_step']}, is gone: now the best from here on counts")
             self.metrics = {key: value for key, value in self.metrics.items() if not key.startswith("best_")}
-        self.say(self.describe())
+        self.introduce()
         if self.config.eval_first and self.state.step == 0:
             metrics = self.evaluate(self.state.evaluated)
             if metrics is None:
@@ -415,7 +455,7 @@ class Training(Run):
         together = f" × {processes.size} ({config.parallel})" if processes.size > 1 else ""
         return (
             f"{config.model.name}: {parameters:.2f} M parameters, input {size}, {self.task.title(data)}; "
-            f"{config.data.name}: {self.train_batches.num_images} images an epoch, "
+            f"{self.source()}: {self.train_batches.num_images} images an epoch, "
             f"{self.val_batches.num_images} to evaluate; {processes.device}{together}, "
             f"{torch.get_num_threads()} threads, {'bf16' if config.bf16 else 'fp32'}, torch {torch.__version__}"
         )

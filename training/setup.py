@@ -1,6 +1,7 @@
 """What every run is set up from: device, model, optimizer and schedule. Bad input raises ValueError that names it."""
 
 import difflib
+from pathlib import Path
 
 import timm
 import torch
@@ -33,6 +34,26 @@ def create_model(name: str, args: dict, pretrained: bool = False) -> torch.nn.Mo
         similar = [] if timm.is_model(name) else difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"; similar names: {', '.join(similar)}" if similar else ""
         raise ValueError(f"model {name} {args}: {first_line(error)}{hint}") from error
+
+
+def restore_model(path: str | Path, saved: dict, args: dict | None = None) -> torch.nn.Module:
+    """The model of a checkpoint, with the weights that its metrics were measured on.
+
+    Args:
+        path: of the checkpoint, for messages.
+        args: of timm.create_model, beside or instead of those of the checkpoint.
+
+    Raises:
+        ValueError: if there is no such model, or the weights are of another.
+    """
+    name, args = saved["model"], saved["model_args"] | (args or {})
+    model = create_model(name, args)
+    try:
+        model.load_state_dict(saved["ema"] or saved["state_dict"])
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"the weights of {path} do not fit {name} {args}: {reason}") from error
+    return model
 
 
 def create_state(

@@ -18,8 +18,9 @@ class Task:
 
     best_of: str  # name of the metric that says which checkpoint is best
     sign: int  # 1: the larger the better; -1: the smaller
-    train_set: object
+    train_set: object  # may be None where a checkpoint is evaluated
     val_set: object
+    notes: list[str]  # what was left out of them
     model_args: dict  # of timm.create_model, in_chans among them
     num_classes: int | None = None
     memory_format = torch.contiguous_format

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from training import checkpoint
-from training.config import DataConfig
+from training.config import DataConfig, source_of
 from training.datasets import create_datasets
 from training.loader import BadImages, Batches, Samples, as_mode
-from training.setup import create_model
-from training.shards import Shards
+from training.setup import restore_model
 from training.transforms import eval_transform
 
 
@@ -60,31 +59,28 @@ class Trained:
         return tuple(map(torch.cat, zip(*parts)))
 
 
-def check_classes(path: str | Path, saved: dict, classes: list[str] | None = None):
-    """ValueError if the checkpoint is no classifier's, or of other classes."""
-    known = saved["data"].get("class_names")
-    if known is None:
+def check_classifier(path: str | Path, saved: dict):
+    """ValueError if the checkpoint is no classifier's."""
+    if "class_names" not in saved["data"]:
         raise ValueError(f"{path} is not a classifier's checkpoint")
-    if classes not in (None, known):
-        raise ValueError(f"{path} knows the classes {known}, the data have {classes}")
 
 
 def open_trained(path: str | Path, dir: str | None = None) -> Trained:
     """The checkpoint at `path`, of train_imagenet.py.
 
     Args:
-        dir: where the images are, if not where they were in training.
+        dir: where the images are, if not where they were in training; instead of shards, a folder of images.
 
     Raises:
         ValueError, OSError: if the checkpoint or the images can't be used.
     """
     saved = checkpoint.load(path)
-    check_classes(path, saved)
-    source = DataConfig(**saved["config"]["data"] | ({"dir": dir} if dir else {}))
-    _, images, classes = create_datasets(source, saved["data"]["input_size"][0])
-    check_classes(path, saved, classes)
-    if isinstance(images, Shards):
-        raise ValueError(f"data.name {source.name} can only be read in order: give a folder of images with dir")
-    model = create_model(saved["model"], saved["model_args"])
-    model.load_state_dict(saved["ema"] or saved["state_dict"])
-    return Trained(saved, model.eval(), images, classes)
+    check_classifier(path, saved)
+    source, known = source_of(saved), saved["data"]["class_names"]
+    if source["name"] == "wds":  # which can only be read in order
+        if dir is None:
+            raise ValueError(f"the images of {path} are shards: give a folder of images with dir")
+        source = {"name": "folder"}
+    source = DataConfig(**source | ({"dir": dir} if dir else {}))
+    _, images, classes = create_datasets(source, saved["data"]["input_size"][0], known=known)
+    return Trained(saved, restore_model(path, saved).eval(), images, classes)

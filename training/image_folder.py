@@ -1,0 +1,152 @@
+"""Folders of images, ROOT/SPLIT/CLASS/…/IMAGE, by one set of rules.
+
+The class is the first folder below the split; an image may lie at any depth in it. Hidden files and folders, whose
+names begin with a dot, are left out; so is what lies beside the class folders, and what Pillow does not read by its
+ending. Symbolic links are followed.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from PIL import Image, ImageFile
+from torch.utils.data import Dataset
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+NO_IMAGES = ("EPS", "MPEG")  # the one is a program that Ghostscript would run; of the other Pillow knows only the size
+
+
+@dataclass
+class Split:
+    """What the folder of a split holds: paths of images by class; `left_out` says in a line what is not among them."""
+
+    images: dict[str, list[str]]
+    left_out: str
+
+
+class ImageFolder(Dataset):
+    """The images of a split, in the order of their paths, as pairs (PIL image, class index).
+
+    Args:
+        images: their paths, by class.
+        classes: names of the classes, those without images included.
+    """
+
+    def __init__(self, images: dict[str, list[str]], classes: list[str]):
+        samples = [(path, index) for index, name in enumerate(classes) for path in images.get(name, ())]
+        self.samples = sorted(samples, key=lambda sample: order(sample[0]))
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        return Image.open(path), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return self.samples[index][0]
+
+
+@cache
+def endings() -> frozenset[str]:
+    """The endings of files that Pillow reads as images, such as '.jpg'."""
+    Image.init()
+    stubs = {n for n, (reader, _) in Image.OPEN.items() if isinstance(reader, type) and _is_stub(reader)}
+    formats = Image.OPEN.keys() - stubs - {*NO_IMAGES} | {"MPO"}  # which the reader of JPEG opens
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
+
+
+def _is_stub(reader: type) -> bool:
+    """Whether it only tells what a file is, and leaves it to others to read it."""
+    return issubclass(reader, ImageFile.StubImageFile)
+
+
+def order(name: str) -> tuple:
+    """What names are sorted by: 2 comes before 10, and no two names are equal. As timm sorts them, which fails at ²."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
+
+
+def find_split(root: Path, kind: str, given: str | None = None) -> Path:
+    """The folder of a split.
+
+    Args:
+        kind: "train" or "val".
+        given: its path within `root`; None takes the usual names, in capitals too.
+
+    Raises:
+        ValueError: if it is not there; says what is wanted.
+    """
+    there = [entry.name for entry in _visible(root) if entry.is_dir()]
+    in_capitals = {name.lower(): name for name in there}
+    names = (given,) if given else SPLITS[kind]
+    for name in names:
+        path = root / (given or in_capitals.get(name, name))
+        if path.is_dir():
+            return path
+    has = f", it has {_some(there)}" if there else ""
+    wanted = f"{root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE"
+    itself = root.resolve().name.lower() in sum(SPLITS.values(), ())
+    hint = f"; if it is a split itself, give {root.resolve().parent}" if itself else ""
+    raise ValueError(f"data.dir {root} has no folder {' or '.join(names)}{has}; wanted are {wanted}{hint}")
+
+
+def read_split(folder: Path) -> Split:
+    """The images in the folder of a split.
+
+    Raises:
+        ValueError: if there is none in a class folder; says what is wanted.
+        OSError: if a folder can't be read.
+    """
+    images, beside, others = {}, [], Counter()
+    for entry in _visible(folder):
+        if entry.is_dir():
+            images[entry.name] = []
+            for path in _files(entry.path, (os.path.realpath(folder),)):
+                if _ending(path) in endings():
+                    images[entry.name].append(path)
+                else:
+                    others[_ending(path) or "no ending"] += 1
+        else:
+            beside.append(entry.name)
+    empty = [name for name, paths in images.items() if not paths]
+    if len(empty) == len(images):
+        flat = sum(_ending(name) in endings() for name in beside)
+        also = f", and {flat} beside them: move each into the folder of its class" if flat else ""
+        raise ValueError(f"Found 0 images in class folders of {folder}{also}; wanted is {folder}/CLASS/IMAGE")
+    told = {
+        "files in no class folder": _some(beside),
+        "class folders without images": _some(empty),
+        "files of other endings": _some(f"{ending} {count}" for ending, count in others.most_common()),
+    }
+    left_out = "; ".join(f"{what}: {which}" for what, which in told.items() if which)
+    images = {name: paths for name, paths in images.items() if paths}
+    return Split(images, f"{folder}: left out {left_out}" if left_out else "")
+
+
+def _visible(folder: str | Path) -> list[os.DirEntry]:
+    """What is in a folder and not hidden, by name."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _files(folder: str, within: tuple[str, ...]) -> Iterator[str]:
+    """The visible files below a folder, at any depth; a link to a folder that it lies `within` is not followed."""
+    within = (*within, os.path.realpath(folder))
+    for entry in _visible(folder):
+        if not entry.is_dir():
+            yield entry.path
+        elif os.path.realpath(entry.path) not in within:
+            yield from _files(entry.path, within)
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _some(names, most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
