@@ -116,6 +116,8 @@ def _by_name(output) -> dict[str, Tensor]:
         name = "_".join(keys if keys and keys[0].isidentifier() else ["output", *keys])
         if not isinstance(tensor, Tensor):
             raise ValueError(f"model: gives {type(tensor).__name__} as {name}, must give nothing but tensors")
+        if name in named:
+            raise ValueError(f"model: gives two tensors that would both be called {name}")
         named[name] = tensor
     return named
 

@@ -246,6 +246,11 @@ def test_what_is_no_tensor_is_named(tmp_path, output, said):
         backbones.export_onnx(Several(lambda x: output).eval(), tmp_path / "m.onnx", image_size=29)
 
 
+def test_two_outputs_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="model: gives two tensors that would both be called maps_0"):
+        backbones.export_onnx(Several(lambda x: {"maps": [x], "maps_0": x}).eval(), tmp_path / "m.onnx", image_size=29)
+
+
 def detector():
     backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     return torchvision.models.detection.FasterRCNN(backbone, num_classes=5)

@@ -49,6 +49,9 @@ HOW = {
                          MIXERS[0], "blocks.2", init_gain=0.5)
     ),
 }  # fmt: skip
+often = pytest.mark.parametrize(
+    "block", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in sorted(MIXERS + GATES)]
+)
 every_way = pytest.mark.parametrize("how", HOW)
 
 
@@ -64,6 +67,11 @@ def assert_same(got, wanted):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True) if a is not None or b is not None)
 
 
+def without_grad(function):
+    """Whether gradients are on is a matter of each thread."""
+    return torch.no_grad()(function)
+
+
 # Threads
 
 
@@ -76,8 +84,7 @@ def test_threads_do_not_mix_up_their_grids(block):
         with torch.no_grad(), ThreadPoolExecutor(4) as pool:
             wanted = [model(x) for x in many]
             for _ in range(3):
-                with_grad_off = pool.map(torch.no_grad()(model), many)
-                assert_same(with_grad_off, wanted)
+                assert_same(pool.map(without_grad(model), many), wanted)
     finally:
         sys.setswitchinterval(interval)
 
@@ -100,8 +107,8 @@ def test_tokens_may_go_on_in_another_thread():
         wanted = model(x)
         tokens = model.blocks[0](model._pos_embed(model.patch_embed(x)))
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(torch.no_grad()(model), other).result()
-            after = pool.submit(torch.no_grad()(model.blocks[1:]), tokens).result()
+            pool.submit(without_grad(model), other).result()
+            after = pool.submit(without_grad(model.blocks[1:]), tokens).result()
     assert torch.equal(model.forward_head(model.norm(after)), wanted)
 
 
@@ -137,7 +144,7 @@ def test_several_sizes_before_one_backward(how, every, reentrant, monkeypatch):
         torch.testing.assert_close(parameter.grad, slope, rtol=1e-9, atol=1e-9)
 
 
-@every_block
+@often
 def test_a_late_backward_of_the_transposed_size(block):
     model, (x, other) = vit(block, depth=2), images(WIDE, TALL)
     wanted = [slopes(model, model(x).square().sum()), slopes(model, model(other).square().sum())]
@@ -327,10 +334,8 @@ def test_vmap_over_images():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(
-    "block", [b if b in OFTEN else pytest.param(b, marks=pytest.mark.slow) for b in sorted(MIXERS + GATES)]
-)
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@often
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 def test_a_trace_holds_for_its_size_and_refuses_others(block, grad):
     model, (x, other, large, again) = vit(block, depth=1), images(WIDE, TALL, LARGE, WIDE)
     with torch.set_grad_enabled(grad):
