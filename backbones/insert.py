@@ -12,7 +12,8 @@ from vision_attn import Gate, Grid, OnMap, OnTokens, create_block, create_layer
 from vision_attn.zoo import block_class
 
 from .grids import GridSource, grid_source
-from .hosts import input_size_of, last_of, like, probe, resolve, stages
+from .hosts import input_size_of, last_of, like, resolve, stages
+from .places import places
 
 register_notrace_module(OnMap)  # torch.fx stops at a check of a shape: timm's tracers take the layer as a whole
 
@@ -64,19 +65,15 @@ def insert(
     could = stages(model)
     if at is None and issubclass(block_class(block), Gate) and getattr(model, "global_pool", None) == "token":
         could = could[:-1] or could
-    found = resolve(model, at, could, dict(model.named_modules()))
+    found = resolve(model, at, could, dict(model.named_modules(remove_duplicate=False)))
     names = list(dict.fromkeys(last_of(model, name) for name in found))  # "layer3" and "layer3.1" may be the same place
     size = input_size or input_size_of(model)
-    shapes = probe(model, names, size)
     child, same, ready = f"attn_{block}", like(model), []
     for name in names:
-        target, shape = model.get_submodule(name), shapes[name]
-        if hasattr(target, child):
+        if hasattr(model.get_submodule(name), child):
             raise ValueError(f"at={at!r}: {name} already has a {block}")
-        if isinstance(target, nn.ModuleDict):
-            raise ValueError(
-                f"at={at!r}: {name} runs all its children, so it can't hold a layer; try the module behind it"
-            )
+    for name, (shape, channel_axis) in places(model, names, size).items():
+        target = model.get_submodule(name)
         if len(shape) == 3:
             source = grid_source(model)
             grid = Grid(*model.patch_embed.dynamic_feat_size(size[1:]))
@@ -88,9 +85,8 @@ def insert(
             layer = OnTokens(create_block(block, shape[-1], **options, **same), init_gain)
             ready.append((target, layer, Behind(child, source=source)))
         else:
-            channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-            layer = create_layer(block, shape[-1 if channels_last else 1], init_gain=init_gain, **options, **same)
-            ready.append((target, layer, Behind(child, channels_last)))
+            layer = create_layer(block, shape[channel_axis], init_gain=init_gain, **options, **same)
+            ready.append((target, layer, Behind(child, channels_last=channel_axis == 3)))
     for target, layer, behind in ready:  # all of them or, where one can't be made, none
         target.add_module(child, layer.train(model.training))
         target.register_forward_hook(behind)

@@ -1,0 +1,196 @@
+"""Where in a model a layer can follow, and what it meets there; everything else is refused by name.
+
+A layer can follow a module that is called once, in one model, whose output's channel axis is certain, that does not run
+all its children, and that is still there when the model has merged its norms into its convolutions.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+from .hosts import also_called, input_size_of, is_chain, last_of, like, listed_channels, observe, shapes_of, stages
+
+ITERATES = re.compile(r"\bself\.(children|named_children|_modules)\b")  # in a forward that runs all its children
+FUSE = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy")  # methods that merge norms into convolutions
+FUSED_FORWARD = ("forward_fuse", "fuseforward")  # what is run when a YOLO network has merged the norm of this part
+NORMS = nn.modules.batchnorm._NormBase
+MAPS = {(0, 0, 1, -1): 1, (0, 1, -1, 0): 3}  # how axes change from a wide image to a tall one: which one is channels
+
+
+class Place(NamedTuple):
+    """What a module gives for one image."""
+
+    shape: tuple[int, ...]
+    channel_axis: int
+
+
+def places(model: nn.Module, names: list[str], size: tuple[int, int, int] | None = None) -> dict[str, Place]:
+    """What the named modules give for an image of (channels, height, width) = ``size``.
+
+    Raises:
+        ValueError: a layer can't follow one of them; a place that works is named.
+    """
+    size, every = size or input_size_of(model), list(dict.fromkeys([*names, *(h for n in names for h in _holders(n))]))
+    shapes, owners = shapes_of(model, every, size), _owners(model)
+    lost = _lost_when_fused(model, every, size)
+    wrong = {name: _why_not(model, name, shapes[name], owners, name in lost) for name in every}
+    for name in names:
+        if wrong[name]:
+            better = next((holder for holder in _holders(name) if not wrong[holder]), None)
+            raise ValueError(f"at={name!r}: {wrong[name]}; try {repr(better) if better else 'the module behind it'}")
+    axes = _channel_axes(model, names, {name: shapes[name][0] for name in every if not wrong[name]}, size)
+    for name in names:
+        if name not in axes:
+            listed = ", ".join(stages(model)) or "a whole stage"
+            raise ValueError(
+                f"at={name!r}: gives {shapes[name][0]} for an image {size[1]}×{size[2]}, where no axis is certain to be "
+                f"the channels of a feature map; try {listed}"
+            )
+    return {name: Place(shapes[name][0], axes[name]) for name in names}
+
+
+def _holders(name: str) -> Iterator[str]:
+    """Names of the modules that hold ``name``, the nearest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _owners(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that are attributes of a class, or defaults of its constructor, with the name of that class."""
+    owners = {}
+    for kind in dict.fromkeys(kind for part in model.modules() for kind in type(part).__mro__):
+        defaults = getattr(vars(kind).get("__init__"), "__defaults__", None) or ()
+        kept = (*vars(kind).values(), *defaults)
+        owners |= {value: kind.__name__ for value in kept if isinstance(value, nn.Module)}
+    return owners
+
+
+def _why_not(model: nn.Module, name: str, shapes: list, owners: dict[nn.Module, str], lost: bool) -> str | None:
+    """Why no layer can follow the module that gives ``shapes``, one for each call."""
+    module = model.get_submodule(name)
+    other = also_called(model, name)
+    if other:
+        return f"is also {other}, and a layer would act behind both"
+    for part in (name, *_holders(name)):
+        if model.get_submodule(part) in owners:
+            kind = owners[model.get_submodule(part)]
+            return f"all objects of class {kind} share {part}, and a layer would act in other models too"
+    if len(shapes) > 1:
+        return f"is called {len(shapes)} times for one image, and a layer would act at each"
+    if not shapes:
+        return "is not called when the model runs"
+    if len(shapes[0]) not in (3, 4) or shapes[0][0] != 1:
+        return "gives neither a feature map (B, C, H, W) nor tokens (B, N, C)"
+    if lost:
+        return "goes, or gives something else, when the model is fused, and a layer would be lost"
+    if _runs_children(module):
+        return "runs all its children, so it can't hold a layer"
+    return None
+
+
+def _runs_children(module: nn.Module) -> bool:
+    """Whether a child of ours would be run, or counted, as one of its own."""
+    if is_chain(module) or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return True
+    names = (name for name in dir(type(module)) if name.lstrip("_").startswith("forward"))
+    return any(ITERATES.search(_source(getattr(type(module), name))) for name in names)
+
+
+def _source(method) -> str:
+    try:
+        return inspect.getsource(method)
+    except (OSError, TypeError):  # made at run time
+        return ""
+
+
+def _channel_axes(model: nn.Module, names: list[str], shapes: dict, size: tuple[int, int, int]) -> dict[str, int]:
+    """Channel axes of what the named modules give, without those that are not certain.
+
+    Of a listed stage it is the axis as long as the list says, if the others keep the image's proportions. Of others
+    it is the one that stays between a wide image and a tall one, while the next two grow and shrink. Where the model
+    takes one size only, it is that of the listed stage around, if it gives the same shape.
+
+    Args:
+        shapes: of these modules and of those that hold them.
+    """
+    axes = {name: 2 for name, shape in shapes.items() if len(shape) == 3}  # tokens are counted by their grid
+    fits = {name: [] for name in shapes.keys() - axes.keys()}
+    for stage, channels in listed_channels(model).items():
+        for name in {stage, last_of(model, stage)} & fits.keys():
+            fits[name] = [axis for axis in (1, 3) if _is_map(shapes[name], axis, channels, size)]
+    axes |= {name: fit[0] for name, fit in fits.items() if len(fit) == 1}
+    unclear = [name for name in names if name not in axes]
+    if not unclear:
+        return axes
+    channels, height, width = size
+    try:
+        wide = shapes_of(model, unclear, (channels, height, 2 * width))
+        tall = shapes_of(model, unclear, (channels, 2 * height, width))
+    except ValueError:  # one size only
+        told = {"NCHW": 1, "NHWC": 3}.get(getattr(model, "output_fmt", None))
+        axes |= {name: told for name in unclear if told in fits[name]}
+        around = {name: [h for h in _holders(name) if h in axes and shapes[h] == shapes[name]] for name in unclear}
+        return axes | {name: axes[holders[0]] for name, holders in around.items() if holders}
+    for name in unclear:
+        change = tuple((t > w) - (t < w) for w, t in zip(sum(wide[name], ()), sum(tall[name], ())))
+        axes |= {name: MAPS[change]} if change in MAPS else {}
+    return axes
+
+
+def _is_map(shape: tuple[int, ...], axis: int, channels: int | None, size: tuple[int, int, int]) -> bool:
+    """Whether ``shape`` has ``channels`` at ``axis``, and otherwise the image's proportions up to one pixel."""
+    height, width = shape[2:] if axis == 1 else shape[1:3]
+    return shape[axis] == channels and abs(height * size[2] - width * size[1]) <= max(size[1:])
+
+
+@torch.no_grad()
+def _lost_when_fused(model: nn.Module, names: list[str], size: tuple[int, int, int]) -> set[str]:
+    """Of ``names``, those that go, or give something else, when the model merges its norms into its convolutions."""
+    parts = {name: model.get_submodule(name) for name in names}
+    merged = [name for name, part in parts.items() if isinstance(part, (nn.modules.conv._ConvNd, NORMS))]
+    lost = {n for n in merged if any(hasattr(model.get_submodule(h), f) for h in _holders(n) for f in FUSED_FORWARD)}
+    if (
+        not any(hasattr(module, method) for module in model.modules() for method in FUSE)
+        or like(model)["device"].type == "meta"
+    ):
+        return lost
+    plain, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for norm in plain.modules():
+        if isinstance(norm, NORMS) and norm.running_var is not None:  # a fresh one changes nothing
+            norm.running_mean.copy_(torch.rand(norm.running_mean.shape, generator=generator) - 0.5)
+            norm.running_var.copy_(torch.rand(norm.running_var.shape, generator=generator) + 0.5)
+    fused = copy.deepcopy(plain).eval()
+    before = dict(fused.named_modules())
+    image = torch.rand(1, *size, generator=generator).to(**like(model))
+    try:
+        after = dict(_fuse(fused).named_modules())
+        same = [name for name in names if after.get(name) is before[name]]
+        was, now = observe(plain, same, image), observe(fused, same, image)
+    except Exception:  # whatever the host raises: nobody fuses it as it is
+        return lost
+    return lost | (
+        set(names)
+        - {name for name in same if len(was[name]) == len(now[name]) and all(map(_close, was[name], now[name]))}
+    )
+
+
+def _fuse(model: nn.Module) -> nn.Module:
+    for method in ("fuse", "fuse_model"):
+        if hasattr(model, method):
+            getattr(model, method)()
+            return model
+    return reparameterize_model(model, inplace=True)
+
+
+def _close(a, b) -> bool:
+    """Whether two outputs are equal but for rounding; what is no tensor is not compared."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return True
+    return a.shape == b.shape and bool((a - b).abs().max() <= 0.02 * a.abs().max())
