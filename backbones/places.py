@@ -43,7 +43,7 @@ def places(model: nn.Module, names: list[str], size: tuple[int, int, int] | None
     for name in names:
         if wrong[name]:
             better = next((holder for holder in _holders(name) if not wrong[holder]), None)
-            raise ValueError(f"at={name!r}: {wrong[name]}; try {repr(better) if better else 'the module behind it'}")
+            raise ValueError(f"at={name!r}: {wrong[name]}; try {repr(better) if better else 'one behind or inside it'}")
     axes = _channel_axes(model, names, {name: shapes[name][0] for name in every if not wrong[name]}, size)
     for name in names:
         if name not in axes:
