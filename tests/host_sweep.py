@@ -34,7 +34,7 @@ LARGEST = 150e6  # parameters
 SMALL = (
     "test_ atto femto pico nano xxs xxtiny xt tiny mini _xs small _ti _t_ _t[0-9] _s[0-9] 050 b0 m0 18 _0 _s".split()
 )
-SPOTS = ((0.2, 0.8), (0.8, 0.2), (0.7, 0.7))  # (y, x) of a changed part, in shares of the image
+SPOTS = ((0.15, 0.85), (0.85, 0.15), (0.85, 0.85), (0.15, 0.15))  # (y, x) of a changed part, in shares of the image
 
 
 class Host(NamedTuple):
@@ -42,25 +42,23 @@ class Host(NamedTuple):
     family: str
     name: str
 
-    def made(self) -> Iterator[tuple[nn.Module, tuple, tuple | None]]:
-        """The model, (channels, height, width) of images to try it at, small and not square first, and what `insert`
-        is told of that: nothing where the model says it and is quick."""
+    def made(self) -> Iterator[tuple[nn.Module, tuple[int, int, int]]]:
+        """The model, and (channels, height, width) of images to try it at: small and not square first."""
         torch.manual_seed(0)
         if self.library == "torchvision":
-            for size in ((3, 96, 160), (3, 224, 224)):
-                yield self._of_torchvision(), size, size
+            yield self._of_torchvision(), (3, 96, 160)
+            yield self._of_torchvision(), (3, 224, 224)
             return
         cfg = timm.get_pretrained_cfg(self.name)
         channels, *native = cfg.input_size
         if not cfg.fixed_input_size:
-            size = (channels, 96, 160)
-            yield timm.create_model(self.name), size, None if max(native) <= 256 else size
-        for size in ((channels, 112, 224), (channels, 192, 256), (channels, 224, 224)):
+            yield timm.create_model(self.name), (channels, 96, 160)
+        for size in ((112, 224), (192, 256), (224, 224)):
             try:
-                yield timm.create_model(self.name, img_size=size[1:]), size, size
+                yield timm.create_model(self.name, img_size=size), (channels, *size)
             except (AssertionError, RuntimeError, TypeError, ValueError):  # takes no size, or not this one
                 continue
-        yield timm.create_model(self.name), (channels, *native), None
+        yield timm.create_model(self.name), (channels, *native)
 
     def _of_torchvision(self) -> nn.Module:
         nothing = {"weights": None, "weights_backbone": None} if self.family != "classification" else {"weights": None}
@@ -117,7 +115,7 @@ def try_host(host: Host) -> list[dict]:
     def row(place: str, outcome: str, reason: str = "") -> dict:
         return dict(zip(("library", "family", "model", "place", "outcome", "reason"), (*host, place, outcome, reason)))
 
-    for model, size, told in host.made():
+    for model, size in host.made():
         if sum(p.numel() for p in model.parameters()) > LARGEST:
             return [row("", "left out", f"more than {LARGEST:.0f} parameters")]
         try:
@@ -125,20 +123,15 @@ def try_host(host: Host) -> list[dict]:
         except Exception:  # does not take this size
             continue
         listed = host.library == "timm" and backbones.hosts.stages(model)
-        return [row(*r) for r in try_places(model, [None] if listed else stage_like(model, size), size, told, wanted)]
+        return [row(*r) for r in try_places(model, None if listed else stage_like(model, size), size, wanted)]
     return [row("", "left out", "takes none of the sizes tried")]
 
 
-def try_places(model: nn.Module, at: list, size: tuple, told: tuple | None, wanted: list[Tensor]) -> list[tuple]:
+def try_places(model: nn.Module, at: list[str] | None, size: tuple, wanted: list[Tensor]) -> list[tuple]:
     """(place, outcome, reason) for every place where `insert` adds layers to ``model``, or refuses to."""
-    results = []
-    for place in at:
-        try:
-            for block in BLOCKS:
-                backbones.insert(model, block, place, input_size=told)
-        except Exception as error:
-            named = isinstance(error, ValueError) and re.match(r"(at|model|input_size)=", str(error))
-            results.append((place or "all", "refused" if named else "wrong", str(error) if named else repr(error)))
+    results = _add(model, at, size)
+    if results and at and not any(isinstance(module, Residual) for module in model.modules()):
+        results = [result for place in at for result in _add(model, place, size)]
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Residual)}
     if not layers:
         return results
@@ -147,7 +140,7 @@ def try_places(model: nn.Module, at: list, size: tuple, told: tuple | None, want
         layer.register_forward_hook(lambda module, args, output: seen[module].append(args))
     if not all(map(torch.equal, wanted, _answer(model, size))):
         return [*results, (", ".join(layers.values()), "wrong", "is another function at gain 0")]
-    wrong = {layer: _judge(layer, *calls) for layer, calls in seen.items()}
+    wrong = {layer: judge(layer, *calls) for layer, calls in seen.items()}
     for layer in layers:
         nn.init.constant_(layer.gain, 0.1)
     if all(map(torch.equal, wanted, _answer(model, size))):
@@ -158,6 +151,20 @@ def try_places(model: nn.Module, at: list, size: tuple, told: tuple | None, want
     for layer, name in layers.items():
         found[name.rpartition(".")[0]] += filter(None, [wrong[layer]])
     return results + [(place, "wrong" if some else "right", "; ".join(some)) for place, some in found.items()]
+
+
+def _add(model: nn.Module, at: list[str] | str | None, size: tuple[int, int, int]) -> list[tuple]:
+    """Inserts; (place, outcome, reason) where it can't."""
+    try:
+        for block in BLOCKS:
+            backbones.insert(model, block, at, input_size=size)
+    except ValueError as error:
+        if re.match(r"(at|model|input_size)=", str(error)):
+            return [(at or "all", "refused", str(error))]
+        return [(at or "all", "wrong", repr(error))]
+    except Exception as error:
+        return [(at or "all", "wrong", repr(error))]
+    return []
 
 
 def _grow_with_the_image(model: nn.Module, size: tuple[int, int, int], seen: dict[Residual, list]) -> list[Residual]:
@@ -178,11 +185,11 @@ def _grow_with_the_image(model: nn.Module, size: tuple[int, int, int], seen: dic
 
 def _answer(model: nn.Module, size: tuple[int, int, int]) -> list[Tensor]:
     with torch.no_grad():
-        return [leaf for leaf in tree_leaves(model(_images(size))) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in tree_leaves(model(images(size))) if isinstance(leaf, Tensor)]
 
 
-def _judge(layer: Residual, *calls: tuple) -> str:
-    """What is wrong with the layer's input for `_images`, nothing if it lies as the images do."""
+def judge(layer: Residual, *calls: tuple) -> str:
+    """What is wrong with the layer's input for `images`, nothing if it lies as the images do."""
     if len(calls) != 1:
         return f"is called {len(calls)} times"
     ((x, *grid),) = calls
@@ -198,18 +205,18 @@ def _judge(layer: Residual, *calls: tuple) -> str:
     return "" if felt == [*range(len(SPOTS))] else f"at {height}×{width} the spots feel the changes at {felt}"
 
 
-def _images(size: tuple[int, int, int]) -> Tensor:
+def images(size: tuple[int, int, int]) -> Tensor:
     """Noise, and the same noise changed at each of `SPOTS`."""
     channels, height, width = size
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, channels, height, width, generator=generator).repeat(1 + len(SPOTS), 1, 1, 1)
+    batch = torch.randn(1, channels, height, width, generator=generator).repeat(1 + len(SPOTS), 1, 1, 1)
     half = (max(1, height // 12), max(1, width // 12))
-    for image, (y, x) in zip(images[1:], SPOTS):
+    for image, (y, x) in zip(batch[1:], SPOTS):
         rows = slice(int(y * height) - half[0], int(y * height) + half[0])
         columns = slice(int(x * width) - half[1], int(x * width) + half[1])
         part = image[:, rows, columns]
         part += 5 * torch.randn(part.shape, generator=generator)
-    return images
+    return batch
 
 
 if __name__ == "__main__":
