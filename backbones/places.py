@@ -49,8 +49,8 @@ def places(model: nn.Module, names: list[str], size: tuple[int, int, int] | None
         if name not in axes:
             listed = ", ".join(stages(model)) or "a whole stage"
             raise ValueError(
-                f"at={name!r}: gives {shapes[name][0]} for an image {size[1]}×{size[2]}, where no axis is certain to be "
-                f"the channels of a feature map; try {listed}"
+                f"at={name!r}: gives {shapes[name][0]} for an image {size[1]}×{size[2]}, where no axis is certain to "
+                f"be the channels of a feature map; try {listed}"
             )
     return {name: Place(shapes[name][0], axes[name]) for name in names}
 
@@ -129,18 +129,31 @@ def _channel_axes(model: nn.Module, names: list[str], shapes: dict, size: tuple[
     unclear = [name for name in names if name not in axes]
     if not unclear:
         return axes
-    channels, height, width = size
-    try:
-        wide = shapes_of(model, unclear, (channels, height, 2 * width))
-        tall = shapes_of(model, unclear, (channels, 2 * height, width))
-    except ValueError:  # one size only
+    turned = _axes_when_turned(model, unclear, size)
+    if turned is None:  # takes one size only
         told = {"NCHW": 1, "NHWC": 3}.get(getattr(model, "output_fmt", None))
         axes |= {name: told for name in unclear if told in fits[name]}
         around = {name: [h for h in _holders(name) if h in axes and shapes[h] == shapes[name]] for name in unclear}
-        return axes | {name: axes[holders[0]] for name, holders in around.items() if holders}
-    for name in unclear:
-        change = tuple((t > w) - (t < w) for w, t in zip(sum(wide[name], ()), sum(tall[name], ())))
-        axes |= {name: MAPS[change]} if change in MAPS else {}
+        turned = {name: axes[holders[0]] for name, holders in around.items() if holders}
+    return axes | turned
+
+
+def _axes_when_turned(model: nn.Module, names: list[str], size: tuple[int, int, int]) -> dict[str, int] | None:
+    """Channel axes as a wide image and a tall one show them; None if the model takes neither pair of those."""
+    channels, height, width = size
+    halves = (height // 2, width), (height, width // 2)
+    doubles = (height, 2 * width), (2 * height, width)
+    axes = None
+    for pair in (halves, doubles):
+        left = [name for name in names if name not in (axes or {})]
+        if not left:
+            break
+        try:
+            wide, tall = (shapes_of(model, left, (channels, *image)) for image in pair)
+        except ValueError:
+            continue
+        changes = {n: tuple((t > w) - (t < w) for w, t in zip(sum(wide[n], ()), sum(tall[n], ()))) for n in left}
+        axes = (axes or {}) | {name: MAPS[change] for name, change in changes.items() if change in MAPS}
     return axes
 
 
