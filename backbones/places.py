@@ -5,6 +5,7 @@ all its children, and that is still there when the model has merged its norms in
 """
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -103,6 +104,7 @@ def _runs_children(module: nn.Module) -> bool:
     return any(ITERATES.search(_source(getattr(type(module), name))) for name in names)
 
 
+@functools.cache
 def _source(method) -> str:
     try:
         return inspect.getsource(method)
@@ -120,19 +122,19 @@ def _channel_axes(model: nn.Module, names: list[str], shapes: dict, size: tuple[
     Args:
         shapes: of these modules and of those that hold them.
     """
-    axes = {name: 2 for name, shape in shapes.items() if len(shape) == 3}  # tokens are counted by their grid
-    fits = {name: [] for name in shapes.keys() - axes.keys()}
-    for stage, channels in listed_channels(model).items():
-        for name in {stage, last_of(model, stage)} & fits.keys():
-            fits[name] = [axis for axis in (1, 3) if _is_map(shapes[name], axis, channels, size)]
+    listed = listed_channels(model)
+    told = {place: listed[stage] for stage in listed for place in (stage, last_of(model, stage))}
+    axes = {n: 2 for n, shape in shapes.items() if len(shape) == 3 and (shape[1] != shape[2] or n in told)}
+    maps = {name: shape for name, shape in shapes.items() if name not in axes}
+    fits = {n: [axis for axis in (1, 3) if _is_map(shape, axis, told.get(n), size)] for n, shape in maps.items()}
     axes |= {name: fit[0] for name, fit in fits.items() if len(fit) == 1}
     unclear = [name for name in names if name not in axes]
     if not unclear:
         return axes
     turned = _axes_when_turned(model, unclear, size)
     if turned is None:  # takes one size only
-        told = {"NCHW": 1, "NHWC": 3}.get(getattr(model, "output_fmt", None))
-        axes |= {name: told for name in unclear if told in fits[name]}
+        usual = {"NCHW": 1, "NHWC": 3}.get(getattr(model, "output_fmt", None))
+        axes |= {name: usual for name in unclear if usual in fits[name]}
         around = {name: [h for h in _holders(name) if h in axes and shapes[h] == shapes[name]] for name in unclear}
         turned = {name: axes[holders[0]] for name, holders in around.items() if holders}
     return axes | turned
@@ -159,6 +161,8 @@ def _axes_when_turned(model: nn.Module, names: list[str], size: tuple[int, int, 
 
 def _is_map(shape: tuple[int, ...], axis: int, channels: int | None, size: tuple[int, int, int]) -> bool:
     """Whether ``shape`` has ``channels`` at ``axis``, and otherwise the image's proportions up to one pixel."""
+    if len(shape) != 4:
+        return False
     height, width = shape[2:] if axis == 1 else shape[1:3]
     return shape[axis] == channels and abs(height * size[2] - width * size[1]) <= max(size[1:])
 
@@ -166,13 +170,9 @@ def _is_map(shape: tuple[int, ...], axis: int, channels: int | None, size: tuple
 @torch.no_grad()
 def _lost_when_fused(model: nn.Module, names: list[str], size: tuple[int, int, int]) -> set[str]:
     """Of ``names``, those that go, or give something else, when the model merges its norms into its convolutions."""
-    parts = {name: model.get_submodule(name) for name in names}
-    merged = [name for name, part in parts.items() if isinstance(part, (nn.modules.conv._ConvNd, NORMS))]
-    lost = {n for n in merged if any(hasattr(model.get_submodule(h), f) for h in _holders(n) for f in FUSED_FORWARD)}
-    if (
-        not any(hasattr(module, method) for module in model.modules() for method in FUSE)
-        or like(model)["device"].type == "meta"
-    ):
+    merged = [n for n in names if isinstance(model.get_submodule(n), (nn.modules.conv._ConvNd, NORMS))]
+    lost = {n for n in merged if any(_has(model.get_submodule(holder), FUSED_FORWARD) for holder in _holders(n))}
+    if like(model)["device"].type == "meta" or not any(_has(module, FUSE) for module in model.modules()):
         return lost
     plain, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for norm in plain.modules():
@@ -188,15 +188,17 @@ def _lost_when_fused(model: nn.Module, names: list[str], size: tuple[int, int, i
         was, now = observe(plain, same, image), observe(fused, same, image)
     except Exception:  # whatever the host raises: nobody fuses it as it is
         return lost
-    return lost | (
-        set(names)
-        - {name for name in same if len(was[name]) == len(now[name]) and all(map(_close, was[name], now[name]))}
-    )
+    kept = {name for name in same if len(was[name]) == len(now[name]) and all(map(_close, was[name], now[name]))}
+    return lost | (set(names) - kept)
+
+
+def _has(module: nn.Module, methods: tuple[str, ...]) -> bool:
+    return any(hasattr(type(module), method) for method in methods)
 
 
 def _fuse(model: nn.Module) -> nn.Module:
     for method in ("fuse", "fuse_model"):
-        if hasattr(model, method):
+        if _has(model, (method,)):
             getattr(model, method)()
             return model
     return reparameterize_model(model, inplace=True)

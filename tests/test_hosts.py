@@ -138,6 +138,18 @@ def test_channels_are_found_where_the_host_resizes_its_images():
     assert layers(model)[f"place.attn_{GATES[0]}"].block.dim == 12
 
 
+def test_as_many_tokens_as_channels_are_refused_where_nothing_tells_them_apart():
+    """A square of numbers may be (B, N, C) or (B, C, N); a listed block of a ViT is the first."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=(32, 48), class_token=False, global_pool="avg")
+    model.blocks[0].attn.extra = Gives(lambda x: x @ x.transpose(1, 2))
+    model.blocks[0].attn.register_forward_hook(lambda m, args, out: (m.extra(out), out)[1])
+    with pytest.raises(ValueError, match=r"gives \(1, 6, 6\) .* no axis is certain"):
+        backbones.insert(model, GATES[0], "blocks.0.attn.extra")
+    square = timm.create_model("test_vit", img_size=(128, 128), class_token=False, global_pool="avg")
+    backbones.insert(square, GATES[0], "blocks.0")
+    assert layers(square)
+
+
 NO_MAPS = {
     "scores of attention": lambda x: x.flatten(2).transpose(1, 2)[:, None] @ x.flatten(2)[:, None],
     "heads of tokens": lambda x: x.flatten(2).transpose(1, 2).unflatten(2, (3, 4)).transpose(1, 2),
