@@ -104,7 +104,7 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)  # of an image folded up?
     could = [own] if isinstance(own, int) else [n for n in dict.fromkeys((*told[:1], first)) if n]
     if len(could) > 1:
-        could = [channels for channels in could if _takes(model, (channels, *size))]
+        could = [channels for channels in could if takes(model, (channels, *size))]
     if not could:
         raise ValueError(
             f"input_size=None: {type(model).__name__} does not tell what images it takes; give input_size=(channels, "
@@ -113,7 +113,8 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     return could[0], *size
 
 
-def _takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
+def takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
+    """Whether the model runs on an image of (channels, height, width) = ``size``."""
     try:
         observe(model, [], torch.zeros(1, *size, **like(model)))
     except ValueError:

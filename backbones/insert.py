@@ -46,7 +46,7 @@ def insert(
 
     With ``init_gain=0`` the model stays the same function, bit for bit, until trained. The layer at ``layer3``
     becomes the parameters ``layer3.<last block>.attn_<block>.*``; all others keep their names. The model is run
-    once on zeros, in eval mode, to learn the shapes.
+    on zeros, in eval mode, to learn the shapes: once where it lists its stages, else on wide and tall images too.
 
     Args:
         block: one of `vision_attn.list_blocks`.
@@ -59,8 +59,10 @@ def insert(
         options: of the block.
 
     Raises:
-        ValueError: ``at`` matches nothing (what could match is listed) or something that does not give feature maps or
-            tokens; a block of this name is already there; an option is out of range.
+        ValueError: ``at`` matches nothing (what could match is listed) or a place where no layer can be (one that works
+            is named): its output is neither a feature map nor tokens, or its channels can't be told; it is used in
+            several places, runs all its children, or goes when the model is fused. A block of this name is already
+            there; an option is out of range; the model takes no image of ``input_size``.
     """
     could = stages(model)
     if at is None and issubclass(block_class(block), Gate) and getattr(model, "global_pool", None) == "token":
@@ -72,8 +74,12 @@ def insert(
     for name in names:
         if hasattr(model.get_submodule(name), child):
             raise ValueError(f"at={at!r}: {name} already has a {block}")
-    for name, (shape, channel_axis) in places(model, names, size).items():
+    met = places(model, names, size)
+    maps = ", ".join(name for name, place in met.items() if len(place.shape) == 4)
+    for name, (shape, channel_axis) in met.items():
         target = model.get_submodule(name)
+        if len(shape) == 3 and maps and not hasattr(model, "patch_embed"):
+            raise ValueError(f"at={name!r}: gives tokens, and no patch_embed tells their grid; try {maps}")
         if len(shape) == 3:
             source = grid_source(model)
             grid = Grid(*model.patch_embed.dynamic_feat_size(size[1:]))

@@ -120,6 +120,10 @@ def try_host(host: Host) -> list[dict]:
     if _size(host) > LARGEST:
         return [row("", "left out", f"more than {LARGEST / 1e6:.0f} million parameters")]
     for model, size in host.made():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():  # a head of zeros hears nothing
+                    parameter.normal_(std=0.02)
         try:
             wanted = _answer(model.eval(), size)
         except Exception:  # does not take this size

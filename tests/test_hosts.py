@@ -467,6 +467,13 @@ def test_tokens_whose_grid_the_model_does_not_tell_are_refused_in_a_line():
             call(model, MIXERS[0])
 
 
+def test_a_host_of_maps_and_tokens_takes_layers_behind_its_maps():
+    model = timm.create_model("efficientformer_l1", device="meta")
+    with pytest.raises(ValueError, match="at='stages.3': gives tokens, .*; try stages.0, stages.1, stages.2$"):
+        backbones.insert(model, GATES[0])
+    assert len(layers(backbones.insert(model, GATES[0], "stages.[0-2]"))) == 3
+
+
 class Folded(nn.Module):
     """Says nothing of its images."""
 
