@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from vision_attn import Gate, Mixer, __version__, check, list_blocks
 
-from .hosts import input_size_of
+from .hosts import input_size_of, takes
 
 # Of the largest difference, relative to the largest output (at least 0.01: a softmax gives little). Of int8 only that
 # it runs is certain: how much it may differ is a matter of the accuracy it keeps.
@@ -228,7 +228,10 @@ def _sizes(model: nn.Module, size: tuple[int, int], dynamic: bool) -> list[tuple
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:
         shifts = ((1, 3, 0), (3, -5, 7), (1, 11, -13), (2, -7, -9), (5, 17, 2), (1, 32, 64))
-        return [(b, max(1, size[0] + y), max(1, size[1] + x)) for b, y, x in shifts]
+        sizes = [(b, max(1, size[0] + y), max(1, size[1] + x)) for b, y, x in shifts]
+        if takes(model, (input_size_of(model)[0], *sizes[0][1:])):
+            return sizes
+        patch = (32, 32)  # folds its images, as TResNet
     grid = [n // p for n, p in zip(size, patch)]
     shifts = ((1, 1, 0), (3, -1, 2), (1, 3, -2), (2, -2, -3), (5, 2, 1), (1, 4, 6))
     return [(b, *(max(1, n + d) * p for n, d, p in zip(grid, (y, x), patch))) for b, y, x in shifts]

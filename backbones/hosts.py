@@ -1,13 +1,13 @@
-"""What a model that exists already says of itself: where a block can go, and what it would meet there."""
+"""What a model that exists already says of itself: its parts, its images, and what it gives for one of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
 from timm.models.regnet import RegStage
-from torch import nn
+from torch import Tensor, nn
 
-CHAINS = (nn.Sequential, RegStage)  # run all of their children in turn: one of ours would be run as if it were theirs
+CHAINS = (nn.Sequential.forward, RegStage.forward)  # run all children in turn, each on what the one before it gave
 STEMS = ("act", "bn", "conv", "norm", "stem")  # how timm's models name what precedes the first stage
 
 
@@ -35,49 +35,91 @@ def _matches(pattern: str, name: str, inside: bool) -> bool:
 
 def stages(model: nn.Module) -> list[str]:
     """The stages (or ViT blocks) that a timm model lists as its features."""
-    names, modules = [info["module"] for info in getattr(model, "feature_info", ())], dict(model.named_modules())
-    return [n for n in names if n and n in modules and not n.startswith(STEMS)]  # some models list what they don't have
+    return [name for name in listed_channels(model) if not name.startswith(STEMS)]
+
+
+def listed_channels(model: nn.Module) -> dict[str, int | None]:
+    """Channels of the modules that a timm model lists as its features."""
+    infos, modules = getattr(model, "feature_info", ()), dict(model.named_modules())
+    listed = {info["module"]: info.get("num_chs") for info in infos}
+    return {name: channels for name, channels in listed.items() if name and name in modules}  # some list what they lack
+
+
+def is_chain(module: nn.Module) -> bool:
+    """Whether it runs its children in turn and does nothing else."""
+    return getattr(module.forward, "__func__", None) in CHAINS
 
 
 def last_of(model: nn.Module, name: str) -> str:
     """The module whose output is that of ``name``: hosts may run the parts of a chain without calling it."""
     module = model.get_submodule(name)
-    while isinstance(module, CHAINS) and len(module._modules):
+    while is_chain(module) and len(module._modules):
         child = next(reversed(module._modules))
         name, module = f"{name}.{child}", module.get_submodule(child)
     return name
 
 
-def probe(model: nn.Module, names: list[str], size: tuple[int, int, int] | None = None) -> dict[str, torch.Size]:
-    """Shapes of what the named modules give for one image of zeros, (channels, height, width) = ``size``."""
-    if not names:
-        return {}
-    shapes, was_training = {}, {module: module.training for module in model.modules()}
+def also_called(model: nn.Module, name: str) -> str | None:
+    """Another name of the same module."""
+    module, names = model.get_submodule(name), model.named_modules(remove_duplicate=False)
+    return next((other for other, same in names if same is module and other != name), None)
 
-    def keep(name: str) -> Callable:
-        return lambda module, args, output: shapes.__setitem__(name, getattr(output, "shape", ()))
 
-    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+def observe(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, list]:
+    """What the named modules give, call by call, in eval mode; ValueError where the model does not take the image."""
+    outputs: dict[str, list] = {name: [] for name in names}
+    was_training = {module: module.training for module in model.modules()}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda module, args, output, calls=calls: calls.append(output))
+        for name, calls in outputs.items()
+    ]
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *(size or input_size_of(model)), **like(model)))
+            model.eval()(image)
+    except Exception as error:  # whatever the host raises
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"input_size={tuple(image.shape[1:])}: {type(model).__name__} does not take an image of these channels, "
+            f"height and width ({type(error).__name__}: {reason}); give those of one that it takes"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in was_training.items():
             module.training = training
-    for name in names:
-        if len(shapes.get(name, ())) not in (3, 4):
-            raise ValueError(f"at={name!r}: gives neither a feature map (B, C, H, W) nor tokens (B, N, C)")
-    return shapes
+    return outputs
+
+
+def shapes_of(model: nn.Module, names: Iterable[str], size: tuple[int, int, int]) -> dict[str, list]:
+    """Shapes of what the named modules give, call by call, for zeros of (channels, height, width) = ``size``."""
+    outputs = observe(model, names, torch.zeros(1, *size, **like(model)))
+    return {name: [tuple(getattr(output, "shape", ())) for output in calls] for name, calls in outputs.items()}
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    strict = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    size = strict or tuple(cfg.get("input_size", (3, 224, 224)))[1:]
-    return channels, *size
+    """(channels, height, width) of an image that the model takes; ValueError where it tells no channels."""
+    told = tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size") or ())
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or told[1:] or (224, 224)
+    own = getattr(model, "in_chans", None)
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)  # of an image folded up?
+    could = [own] if isinstance(own, int) else [n for n in dict.fromkeys((*told[:1], first)) if n]
+    if len(could) > 1:
+        could = [channels for channels in could if takes(model, (channels, *size))]
+    if not could:
+        raise ValueError(
+            f"input_size=None: {type(model).__name__} does not tell what images it takes; give input_size=(channels, "
+            "height, width), or set its in_chans"
+        )
+    return could[0], *size
+
+
+def takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
+    """Whether the model runs on an image of (channels, height, width) = ``size``."""
+    try:
+        observe(model, [], torch.zeros(1, *size, **like(model)))
+    except ValueError:
+        return False
+    return True
 
 
 def like(model: nn.Module) -> dict:

@@ -11,7 +11,8 @@ from vision_attn import Gate, Grid, OnTokens, create_block, create_layer
 from vision_attn.zoo import block_class
 
 from .grids import GridSource, carry, grid_source
-from .hosts import input_size_of, last_of, like, probe, resolve, stages
+from .hosts import input_size_of, last_of, like, resolve, stages
+from .places import places
 
 
 class Behind:
@@ -45,7 +46,7 @@ def insert(
 
     With ``init_gain=0`` the model stays the same function, bit for bit, until trained. The layer at ``layer3``
     becomes the parameters ``layer3.<last block>.attn_<block>.*``; all others keep their names. The model is run
-    once on zeros, in eval mode, to learn the shapes.
+    on zeros, in eval mode, to learn the shapes: once where it lists its stages, else on wide and tall images too.
 
     Args:
         block: one of `vision_attn.list_blocks`.
@@ -58,25 +59,27 @@ def insert(
         options: of the block.
 
     Raises:
-        ValueError: ``at`` matches nothing (what could match is listed) or something that does not give feature maps or
-            tokens; a block of this name is already there; an option is out of range.
+        ValueError: ``at`` matches nothing (what could match is listed) or a place where no layer can be (one that works
+            is named): its output is neither a feature map nor tokens, or its channels can't be told; it is used in
+            several places, runs all its children, or goes when the model is fused. A block of this name is already
+            there; an option is out of range; the model takes no image of ``input_size``.
     """
     could = stages(model)
     if at is None and issubclass(block_class(block), Gate) and getattr(model, "global_pool", None) == "token":
         could = could[:-1] or could
-    found = resolve(model, at, could, dict(model.named_modules()))
+    found = resolve(model, at, could, dict(model.named_modules(remove_duplicate=False)))
     names = list(dict.fromkeys(last_of(model, name) for name in found))  # "layer3" and "layer3.1" may be the same place
     size = input_size or input_size_of(model)
-    shapes = probe(model, names, size)
     child, same, ready = f"attn_{block}", like(model), []
     for name in names:
-        target, shape = model.get_submodule(name), shapes[name]
-        if hasattr(target, child):
+        if hasattr(model.get_submodule(name), child):
             raise ValueError(f"at={at!r}: {name} already has a {block}")
-        if isinstance(target, nn.ModuleDict):
-            raise ValueError(
-                f"at={at!r}: {name} runs all its children, so it can't hold a layer; try the module behind it"
-            )
+    met = places(model, names, size)
+    maps = ", ".join(name for name, place in met.items() if len(place.shape) == 4)
+    for name, (shape, channel_axis) in met.items():
+        target = model.get_submodule(name)
+        if len(shape) == 3 and maps and not hasattr(model, "patch_embed"):
+            raise ValueError(f"at={name!r}: gives tokens, and no patch_embed tells their grid; try {maps}")
         if len(shape) == 3:
             source = grid_source(model)
             grid = Grid(*model.patch_embed.dynamic_feat_size(size[1:]))
@@ -89,9 +92,8 @@ def insert(
             source.follow(target)
             ready.append((target, layer, Behind(child, source=source)))
         else:
-            channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-            layer = create_layer(block, shape[-1 if channels_last else 1], init_gain=init_gain, **options, **same)
-            ready.append((target, layer, Behind(child, channels_last)))
+            layer = create_layer(block, shape[channel_axis], init_gain=init_gain, **options, **same)
+            ready.append((target, layer, Behind(child, channels_last=channel_axis == 3)))
     for target, layer, behind in ready:  # all of them or, where one can't be made, none
         target.add_module(child, layer.train(model.training))
         target.register_forward_hook(behind)

@@ -23,7 +23,7 @@ from vision_attn import Mixer, create_block, create_layer
 from vision_attn.zoo import block_class
 
 from .grids import grid_source
-from .hosts import like, probe, resolve
+from .hosts import also_called, input_size_of, like, resolve, shapes_of
 
 _logger = logging.getLogger(__name__)
 TOKEN_ATTENTION = (Attention, EvaAttention)
@@ -52,7 +52,14 @@ class Report(NamedTuple):
         return "\n".join(parts)
 
 
-def replace(model: nn.Module, block: str, at: str | Iterable[str] | None = None, **options) -> Report:
+def replace(
+    model: nn.Module,
+    block: str,
+    at: str | Iterable[str] | None = None,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    **options,
+) -> Report:
     """Swaps attention of ``model`` for ``block``, in place, and reports what became of the parameters.
 
     Self-attention of ViT, DeiT and EVA gives way to a mixer that takes over its heads, dropouts, qkv and proj;
@@ -62,14 +69,15 @@ def replace(model: nn.Module, block: str, at: str | Iterable[str] | None = None,
         block: one of `vision_attn.list_blocks`.
         at: names, with wildcards that do not cross dots, of attention modules or of modules that hold them
             ("blocks.*.attn", "blocks.[6-9]"), or several; None: all.
+        input_size: (channels, height, width) of an image the model takes; None: what the model says.
         options: of the block.
 
     Returns:
         The model and the names of copied, new and unused parameters.
 
     Raises:
-        ValueError: there is no attention that can be replaced, ``at`` matches none (what could match is listed), or a
-            gate is to stand for self-attention.
+        ValueError: there is no attention that can be replaced, ``at`` matches none (what could match is listed) or one
+            that has several names, or a gate is to stand for self-attention.
     """
     able = {n: m for n, m in model.named_modules() if isinstance(m, TOKEN_ATTENTION + MAP_ATTENTION)}
     if not able:
@@ -78,9 +86,12 @@ def replace(model: nn.Module, block: str, at: str | Iterable[str] | None = None,
             "squeeze-and-excite; insert adds a block to it"
         )
     names = resolve(model, at, list(able), able, inside=True)
+    for name in names:
+        if also_called(model, name):
+            raise ValueError(f"at={name!r}: is also {also_called(model, name)}, which would keep the old one")
     same, done = like(model), []
-    shapes = probe(model, [name for name in names if isinstance(able[name], MAP_ATTENTION)])
-    layers = {name: _layer_like(able[name], block, shapes.get(name), {**options, **same}) for name in names}
+    channels = _channels(model, [name for name in names if isinstance(able[name], MAP_ATTENTION)], input_size)
+    layers = {name: _layer_like(able[name], block, channels.get(name), {**options, **same}) for name in names}
     for name, new in layers.items():
         if isinstance(able[name], TOKEN_ATTENTION):
             new.register_forward_pre_hook(grid_source(model).give, with_kwargs=True)
@@ -95,10 +106,19 @@ def replace(model: nn.Module, block: str, at: str | Iterable[str] | None = None,
     return report
 
 
-def _layer_like(old: nn.Module, block: str, shape, options: dict) -> nn.Module:
+def _channels(model: nn.Module, names: list[str], size: tuple[int, int, int] | None) -> dict[str, int]:
+    """Channels of the maps that the named modules give."""
+    shapes = shapes_of(model, names, size or input_size_of(model)) if names else {}
+    for name in names:
+        if not shapes[name]:
+            raise ValueError(f"at={name!r}: is not called when the model runs")
+    return {name: calls[0][1] for name, calls in shapes.items()}
+
+
+def _layer_like(old: nn.Module, block: str, channels: int | None, options: dict) -> nn.Module:
     """What takes the place of ``old``: a layer of its channels, or a mixer of its width, heads, biases and dropouts."""
     if isinstance(old, MAP_ATTENTION):
-        return create_layer(block, shape[1], **options)
+        return create_layer(block, channels, **options)
     if not issubclass(block_class(block), Mixer):
         raise ValueError(f"block={block!r}: is a gate, it can't stand for self-attention; insert adds it behind one")
     has_norm = not isinstance(old.q_norm, nn.Identity)
