@@ -46,7 +46,7 @@ def around(rows: slice, size: int) -> list[slice]:
         count = min(len(range(start, rows.stop, step)), len(range(first, size, step)))
         found.append(slice(first, first + (count - 1) * step + 1, step))
         start += count * step
-    return found
+    return found or [slice(0, 0)]
 
 
 class Whole(Store):

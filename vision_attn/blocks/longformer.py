@@ -107,7 +107,7 @@ class Block(PatternMixer):
         """What the global tokens take, by their own projections, (B, heads, P + tokens, d)."""
         prefix = grid.prefix_of(x.shape[1])
         count = prefix + least(self.tokens, grid.size)
-        x = x.narrow(1, 0, count) if self.causal or count == 0 else x
+        x = x.narrow(1, 0, count) if self.causal or prefix + self.tokens == 0 else x
         q, k, v = self.global_heads(x)
         mask = self.past(prefix, count, x.device) if self.causal else None
         options = dict(attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
