@@ -122,6 +122,8 @@ def load_authors(model: nn.Module, state_dict: Mapping, source: str, *, prefix: 
             parameter has no value, a key no place, or two have different shapes: they are named. Nothing is loaded.
     """
     check.one_of("source", source, PUBLISHED)
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict={state_dict!r:.80}: must be a mapping of names to tensors, as torch.load gives")
     everything, ours = _plain(state_dict), model.state_dict()
     theirs = {key.removeprefix(prefix): value for key, value in everything.items() if key.startswith(prefix)}
     pairs, origins = _pairs(model, theirs, source), {}
@@ -195,8 +197,8 @@ def _pairs(model: nn.Module, theirs: Mapping, source: str) -> list[tuple[str, st
     pairs = [(name, around.get(_parent(_layer_or_block(model, name)))) for name in blocks]
     if len(pairs) != len(roots) or {root for _, root in pairs} != set(roots):
         raise ValueError(
-            f"state_dict: has {len(roots)} modules of {source}, {_some(roots)}, which do not stand where the model has "
-            f"its {len(blocks)} blocks, {_some(blocks)}; prefix chooses among them"
+            f"state_dict: has {len(roots)} modules of {source}{', ' * bool(roots)}{_some(roots)}, which do not stand where "
+            f"the model has its {len(blocks)} blocks, {_some(blocks)}; prefix chooses among them"
         )
     return pairs
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from threading import get_ident
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,12 @@ def attention_maps(model: nn.Module, images: Tensor, at: str = "*") -> dict[str,
     chosen = {name: module for name, module in blocks.items() if fnmatchcase(name, at)}
     if not chosen:
         raise ValueError(f"at={at!r}: matches none of {', '.join(blocks)}")
-    maps, was_training = {}, {module: module.training for module in model.modules()}
+    maps, was_training, caller = {}, {module: module.training for module in model.modules()}, get_ident()
 
     def keep(name):
         def hook(module, args, output):
-            maps[name] = module.attention_map(args[0]) if isinstance(module, Gate) else _received(module, *args)
+            if get_ident() == caller:  # other threads may be running the model
+                maps[name] = module.attention_map(args[0]) if isinstance(module, Gate) else _received(module, *args)
 
         return hook
 

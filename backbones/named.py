@@ -47,6 +47,8 @@ def _entrypoint(name, stock, block, add, module, feature_cfg, filter_weights):
         plain = {}
 
         def build(attn_kwargs=None, attn_at=None, **kwargs):
+            if not isinstance(attn_kwargs, dict | None):
+                raise ValueError(f"attn_kwargs={attn_kwargs!r}: must be a dict of the block's options")
             model = model_entrypoint(stock)(pretrained=False, **kwargs)
             plain.update({key: value.shape for key, value in model.state_dict().items()})
             try:

@@ -389,3 +389,9 @@ def test_a_network_takes_all_of_the_file_or_nothing():
 def test_an_unknown_source_is_named_with_those_there_are():
     with pytest.raises(ValueError, match="source='danet': must be one of 'cbam', 'ccnet'"):
         backbones.load_authors(criss_cross(), {}, "danet")
+
+
+@pytest.mark.parametrize("given", [None, "weights.pth"])
+def test_what_is_no_mapping_is_refused(given):
+    with pytest.raises(ValueError, match=f"state_dict={given!r}: must be a mapping"):
+        backbones.load_authors(criss_cross(), given, "ccnet")

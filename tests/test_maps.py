@@ -1,5 +1,7 @@
 """`backbones.attention_maps`: where the blocks in a model look, as numbers and as a picture."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy
 import pytest
 import timm
@@ -36,6 +38,16 @@ def images(*size, batch=3):
 
 
 # Numbers
+
+
+def test_maps_in_several_threads_are_those_of_their_own_images():
+    model = vit(MIXERS[0])
+    batches = [images(32, 32) for _ in range(4)]
+    wanted = [backbones.attention_maps(model, batch) for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda batch: backbones.attention_maps(model, batch), batches * 6))
+    for maps, alone in zip(found, wanted * 6):
+        assert maps.keys() == alone.keys() and all(torch.equal(maps[name], alone[name]) for name in alone)
 
 
 @every_block

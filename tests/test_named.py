@@ -88,6 +88,8 @@ def test_unknown_arguments_are_refused(stock, args, size):
             made(stock, block, args, nonsense=1)
         with pytest.raises(TypeError, match="nonsense"):
             made(stock, block, args, attn_kwargs=dict(nonsense=1))
+        with pytest.raises(ValueError, match="attn_kwargs='nonsense=1': must be a dict"):
+            made(stock, block, args, attn_kwargs="nonsense=1")
 
 
 @every_block
