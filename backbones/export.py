@@ -90,7 +90,10 @@ def export_onnx(
             if not _varies(model, dynamic):
                 raise
             larger = 4 * size[0], 4 * size[1]  # what is one tile at the traced size is one for ever to some graphs
-            errors = _write_and_compare(models, file, channels, larger, sizes, dynamic, opset)
+            try:
+                errors = _write_and_compare(models, file, channels, larger, sizes, dynamic, opset)
+            except ExportError as error:
+                raise ExportError(f"{error}; dynamic=False exports for one size") from error
         if precision != "fp32":
             _convert(file, precision)
             errors = _compare(model, file, channels, sizes, precision)
@@ -290,8 +293,11 @@ def _compare(
     for batch, height, width in sizes:
         where = f"at (batch, height, width) = {(batch, height, width)}"
         images = torch.randn(batch, channels, height, width, generator=generator)
-        with torch.no_grad():
-            wanted = _by_name(model(images))
+        try:
+            with torch.no_grad():
+                wanted = _by_name(model(images))
+        except (AssertionError, RuntimeError) as error:
+            raise ExportError(f"{where} the model takes no images, try a larger image_size: {error}") from error
         try:
             got = session.run(list(wanted), {"image": images.numpy()})
         except Exception as error:

@@ -486,3 +486,10 @@ def test_an_image_size_that_the_model_does_not_take_is_named(tmp_path, size):
     with pytest.raises(ValueError, match="image_size="):
         backbones.export_onnx(vit("dense"), tmp_path / "m.onnx", image_size=size)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_size_that_the_model_does_not_take_is_told(tmp_path):
+    """Sizes that are tried may be smaller than the traced one."""
+    with pytest.raises(backbones.ExportError, match=r"takes no images, try a larger image_size: .*; dynamic=False"):
+        backbones.export_onnx(nn.Conv2d(3, 2, 22), tmp_path / "model.onnx", image_size=(23, 29))
+    assert not list(tmp_path.iterdir())
