@@ -197,8 +197,8 @@ def _pairs(model: nn.Module, theirs: Mapping, source: str) -> list[tuple[str, st
     pairs = [(name, around.get(_parent(_layer_or_block(model, name)))) for name in blocks]
     if len(pairs) != len(roots) or {root for _, root in pairs} != set(roots):
         raise ValueError(
-            f"state_dict: has {len(roots)} modules of {source}{', ' * bool(roots)}{_some(roots)}, which do not stand where "
-            f"the model has its {len(blocks)} blocks, {_some(blocks)}; prefix chooses among them"
+            f"state_dict: has {len(roots)} modules of {source}{', ' * bool(roots)}{_some(roots)}, which do not stand "
+            f"where the model has its {len(blocks)} blocks, {_some(blocks)}; prefix chooses among them"
         )
     return pairs
 
