@@ -275,7 +275,8 @@ class Block(PatternMixer):
         Others: those of `Mixer`.
 
     Raises:
-        ValueError: ``part`` together with ``split_heads``, one head to split, or an argument out of range.
+        ValueError: ``part`` together with ``split_heads``, ``num_verts`` without summaries, one head to split, or an
+            argument out of range.
     """
 
     def __init__(
@@ -298,6 +299,8 @@ class Block(PatternMixer):
             check.positive_int("num_verts", num_verts)
         if split_heads and part:
             raise ValueError(f"part={part!r}: must be None with split_heads=True, which gives each part half the heads")
+        if num_verts is not None and part == "local":
+            raise ValueError(f"num_verts={num_verts!r}: must be None with part='local', which has no summaries")
 
         row, other = Row(past=causal), Summary if split_heads or part == "summary" else Fixed
         one = row if part == "local" else other(c, 0, past=causal)
