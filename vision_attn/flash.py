@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from .grid import Grid
 from .key_set import Columns, Everything, KeySet, Rows, Tiles
 from .precision import at_least_float32
-from .traced import is_traced
+from .traced import is_passing, is_traced, is_transformed
 
 aten = torch.ops.aten
 
@@ -137,7 +136,7 @@ def agrees(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dt
     """
     key = kernel, device, dtype
     if key not in _agrees:
-        if detect_fake_mode() is not None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if is_passing(device):
             return False
         try:
             # in a thread of its own, which no context of the caller reaches: inference, autocast, checkpointing
@@ -215,9 +214,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | type[Cuda] | None
 
     None where there is none, in traced graphs, and under torch.func, whose tensors have no memory of their own.
     """
-    if is_traced():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_traced() or is_transformed():
         return None
     if q.shape[-1] != v.shape[-1] or q.numel() == 0:
         return None

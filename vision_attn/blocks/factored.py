@@ -110,8 +110,8 @@ class Block(PatternMixer):
         Others: those of `Mixer`.
 
     Raises:
-        ValueError: fewer than three heads without ``part``, ``include_self=False`` without a previous row, or an argument
-            out of range.
+        ValueError: fewer than three heads without ``part``, ``include_self=False`` without a previous row, or an
+            argument out of range.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Block(PatternMixer):
         check.one_of("part", part, (None, "row", "column", "previous_row"))
         check.boolean("include_self", include_self)
         if not include_self and part in ("row", "column"):
-            raise ValueError(f"include_self={include_self!r}: must be True with part={part!r}, which has the pixel itself")
+            raise ValueError(f"include_self={include_self!r}: must be True with part={part!r}, which has the pixel")
         beside = Beside(past=causal, include_self=include_self)
         parts = {"row": Row(past=causal), "column": Column(past=causal), "previous_row": beside}
         super().__init__(parts[part] if part else PerHead(tuple(parts.values())), dim, num_heads, **mixer)
