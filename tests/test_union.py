@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from vision_attn import Grid, create_block, flash, union
+from vision_attn.blocks.adaptive_span import Others
+from vision_attn.mixer import softmax_over
+from vision_attn.pattern import Column, Row, Window
 from vision_attn.testing.case import BATCH, HEADS, KEY
 
 GRIDS = [Grid(13, 17), Grid(17, 5), Grid(1, 23), Grid(29, 1), Grid(1, 1)]
@@ -146,3 +149,33 @@ def test_dropout_leaves_the_kernel_alone(calls):
     block, grid = create_block("criss_cross", 33, num_heads=3, attn_drop=0.3).train(), Grid(5, 7)
     block.mix(*inputs(grid, dtype=torch.float32), grid)
     assert calls["forward"] == 0
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("dropout", [0.0, 1e-13])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("grid", [Grid(5, 1), Grid(1, 1), Grid(5, 7)])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Row() & Others(),
+        Row(past=True) & Others(),
+        Window((1, 0)) & Row() & Others(),
+        Window((0, 2)) & Others() | Column(past=True) & Others(),
+        (Row(past=True) | Column(past=True)) & Others(),
+    ],
+)
+def test_a_query_that_sees_nothing_takes_nothing_on_any_route(pattern, grid, kernel, dropout, prefix, monkeypatch):
+    assert not pattern.mask(grid).any(dim=1).all() or grid == Grid(5, 7)
+    if not kernel:
+        monkeypatch.setattr(union, "kernel_for", lambda q, k, v: None)
+
+    class Step:
+        mix = staticmethod(lambda q, k, v, grid: union.attend(q, k, v, grid, pattern, scale=0.3, dropout=dropout))
+
+    class Definition:
+        mix = staticmethod(lambda q, k, v, grid: softmax_over(pattern.mask(grid, prefix)[None], q, k, 0.3) @ v)
+
+    tensors = inputs(grid, prefix)
+    for one, other in zip(outputs_and_gradients(Step, tensors, grid), outputs_and_gradients(Definition, tensors, grid)):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

@@ -69,7 +69,11 @@ class KeySet:
         raise NotImplementedError
 
     def mask(self, grid: Grid, device) -> Bool[Tensor, "#groups #queries keys"] | None:
-        """Which keys of its group a query sees; None: all of them."""
+        """Which keys of its group a query sees; None: all of them.
+
+        Each query that is placed sees at least one key, of this set or of the others of a pattern. That is not so of
+        `Only`, of which it takes 0 where it sees nothing.
+        """
         return None
 
     def parts(self, grid: Grid) -> tuple["KeySet", ...]:
