@@ -1,7 +1,10 @@
 """The routes of exact sparse attention: flash calls merged by log-sum-exp, and concatenated scores."""
 
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vision_attn import Grid, create_block, flash, union
 from vision_attn.blocks.adaptive_span import Others
@@ -143,6 +146,31 @@ def test_gradients_in_half_precision_are_as_good_as_torchs(pattern_case, dtype):
         for one, other, wanted in zip(ours, torchs, exact):
             error, allowed = ((t.double() - wanted).abs().max().item() for t in (one, other))
             assert error <= 2 * allowed
+
+
+def test_a_kernel_of_the_cpu_that_errs_is_not_used(calls, monkeypatch):
+    block, grid = create_block("criss_cross", 33, num_heads=3), Grid(5, 7)
+    q, k, v = inputs(grid, dtype=torch.float32)
+    monkeypatch.setattr(flash, "_agrees", {})
+    monkeypatch.setattr(flash, "trial", lambda kernel, device, dtype: [0.5])
+    with pytest.warns(UserWarning, match="torch's kernel for cpu and torch.float32 is not used: relative errors"):
+        out = block.mix(q, k, v, grid)
+    assert calls["forward"] == 0
+    torch.testing.assert_close(out, block.weights(q, k, grid) @ v)
+
+
+def test_the_kernel_of_the_cpu_is_tried_where_it_can_be(calls, monkeypatch):
+    block, grid = create_block("criss_cross", 33, num_heads=3), Grid(5, 7)
+    monkeypatch.setattr(flash, "_agrees", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with FakeTensorMode():
+            block.mix(*inputs(grid), grid)
+        torch.func.functionalize(block.mix)(*inputs(grid), grid)
+        assert not flash._agrees and calls["forward"] == 0
+        with torch.inference_mode():
+            block.mix(*inputs(grid), grid)
+    assert flash._agrees == {(flash.Cpu, torch.device("cpu"), torch.float64): True} and calls["forward"] == 2
 
 
 def test_dropout_leaves_the_kernel_alone(calls):
