@@ -212,7 +212,8 @@ class Before(Everything):
 def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | type[Cuda] | None:
     """The kernel that takes these tensors and tells the log-sum-exp.
 
-    None where there is none or it errs (`agrees`), in traced graphs, and under torch.func, whose tensors have no memory of their own.
+    None where there is none or it errs (`agrees`), in traced graphs, and under torch.func, whose tensors have no memory
+    of their own.
     """
     if is_traced() or is_transformed():
         return None

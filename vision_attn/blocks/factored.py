@@ -55,7 +55,7 @@ class Beside(Directed):
     def key_sets(self):
         if self.include_self:
             return (RowsBeside(above=1, below=0 if self.past else 1),)
-        return (OtherRows((-1,) if self.past else (-1, 1)),)
+        return (OtherRows(self.past),)
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,17 @@ class RowsBeside(AdjacentRows):
 
 @dataclass(frozen=True)
 class OtherRows(KeySet):
-    """Every position with all of the rows that are ``steps`` further down.
+    """Every position with all of the row above, not ``past`` also of the row below.
 
-    Beyond the border they are zeros: where no row is inside, all of them are masked alike, and their mean is 0.
+    Beyond the border there are zeros: a query that has no row inside is shown these, and their mean is 0.
     """
 
-    steps: tuple[int, ...]
+    past: bool
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """How much further down the rows are."""
+        return (-1,) if self.past else (-1, 1)
 
     def queries(self, x):
         return x

@@ -12,8 +12,8 @@ published; without, everything goes both ways. One softmax over the union is the
 ``part="summary"`` give a layer one of them, to be interleaved by the host: the local layer must come first, since what
 a summary does not know the later row can't ask.
 Deviations: the paper's blocks are pieces of a sequence of any length; ours are the rows of the image. The authors' code
-cuts both into blocks of 32 positions, and its heads go round over ``num_verts`` summaries, here over as many as the row
-holds. A pixel always sees itself. Without ``causal`` the pattern is our reading.
+cuts both into blocks of 32 positions, and its heads go round over a given number of summaries, here by default over as
+many as the row holds. A pixel always sees itself. Without ``causal`` the pattern is our reading.
 
 >>> from vision_attn import Grid
 >>> print(Fixed(c=2, block=0, past=True).draw(Grid(5, 7), 3, 2))
