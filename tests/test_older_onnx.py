@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import block_of
-from traced import OTHERS, TRACED, OnTokens, every_case, inputs, mixers, often
+from traced import OTHERS, TRACED, WithPrefix, every_case, inputs, mixers, often
 
 from vision_attn.layout import OnMap
 
@@ -75,7 +75,7 @@ def test_a_layer_for_one_size(case):
 
 @pytest.mark.parametrize("case", often(mixers(every_case())))
 def test_a_mixer_with_prefix_tokens(case):
-    module = OnTokens(case.block().float())
+    module = WithPrefix(case.block().float())
     run = export(module, inputs(case, TRACED, prefix=5))
     assert_same_answers(run, module, case, [TRACED, *OTHERS], prefix=5)
     with pytest.raises(Exception, match="ONNXRuntimeError"):

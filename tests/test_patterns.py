@@ -109,13 +109,30 @@ def test_tiles_of_any_size_hold_a_window(options, monkeypatch):
 def test_tables_are_kept_only_where_they_have_numbers():
     block, grid = create_block("window", 16, kernel_size=3, attn_drop=0.1).eval(), Grid(11, 19)
     x = torch.randn(2, grid.size, 16)
+    key_set._tables.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         block(torch.empty(2, grid.size, 16), grid)
+    for transform in (torch.func.functionalize, torch.func.vmap, lambda mix: torch.func.grad(lambda x: mix(x).sum())):
+        transform(lambda x: block(x.reshape(-1, grid.size, 16), grid))(x)  # whose tensors wrap others
+    assert key_set._tables.cache_info().currsize == 0
     with torch.inference_mode():  # whose tensors no backward takes
         wanted = block(x, grid).clone()
     assert torch.equal(block(x, grid), wanted)
     block.train()(x, grid).sum().backward()
     assert block.qkv.weight.grad.isfinite().all()
+
+
+def test_tables_of_a_captured_graph_are_its_own(monkeypatch):
+    """Their memory belongs to the graph, and their numbers are there only once it is replayed."""
+    keys, grid, made = Neighbours((1, 2)), Grid(5, 7), []
+    monkeypatch.setattr(Neighbours, "tables", lambda self, grid, device: made.append(device) or (None, None))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    key_set._tables.cache_clear()
+    for _ in range(2):
+        keys.mask(grid, "cuda:0")
+        keys.mask(grid, "cpu")
+    assert [device.type for device in made] == ["cuda", "cpu", "cuda"]
+    key_set._tables.cache_clear()
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -143,11 +160,14 @@ def test_drawing_is_the_rule(pattern_case):
 
 
 def test_every_position_sees_itself_unless_it_is_told_not_to(pattern_case):
-    if pattern_case.options.get("include_self") is False:
-        return
-    for pattern in patterns(pattern_case):
-        for grid in (Grid(13, 17), Grid(1, 5), Grid(7, 1)):
-            assert pattern.mask(grid).diagonal().all()
+    told = pattern_case.options.get("include_self") is False
+    seen = [
+        pattern.mask(grid).diagonal()
+        for pattern in patterns(pattern_case)
+        for grid in (Grid(13, 17), Grid(1, 5), Grid(7, 1))
+    ]
+    assert all(own.all() or (told and not own.any()) for own in seen)
+    assert all(own.all() for own in seen) != told
 
 
 def test_a_causal_pattern_never_looks_ahead(causal_case):

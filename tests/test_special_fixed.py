@@ -77,3 +77,9 @@ def test_split_heads_take_turns_among_themselves():
 def test_wrong_numbers_of_summaries_are_named(num_verts):
     with pytest.raises(ValueError, match=f"num_verts={num_verts!r}"):
         create_block("fixed", 32, num_verts=num_verts)
+
+
+def test_a_layer_without_summaries_takes_no_number_of_them():
+    with pytest.raises(ValueError, match="num_verts=3: must be None with part='local'"):
+        create_block("fixed", 32, part="local", num_verts=3)
+    assert create_block("fixed", 32, part="local", num_verts=None).pattern.by_head()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from traced import OTHERS, TRACED, OnTokens, every_case, inputs, mixers, often
+from traced import OTHERS, TRACED, WithPrefix, every_case, inputs, mixers, often
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch would rather have its newer ways used
@@ -42,7 +42,7 @@ def test_a_layer_is_traced_without_gradients(case):
 @pytest.mark.parametrize("prefix, other", [(5, 2), (5, 7), (0, 3)])
 @pytest.mark.parametrize("case", often(mixers(every_case())))
 def test_a_traced_mixer_takes_any_grid_but_no_other_number_of_prefix_tokens(case, prefix, other):
-    module = OnTokens(case.block())
+    module = WithPrefix(case.block())
     traced = trace(module, inputs(case, TRACED, prefix, torch.float64))
     for size in (TRACED, OTHERS[0]):
         args = inputs(case, size, prefix, torch.float64)

@@ -1,9 +1,15 @@
 """The routes of exact sparse attention: flash calls merged by log-sum-exp, and concatenated scores."""
 
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vision_attn import Grid, create_block, flash, union
+from vision_attn.blocks.adaptive_span import Others
+from vision_attn.mixer import softmax_over
+from vision_attn.pattern import Column, Row, Window
 from vision_attn.testing.case import BATCH, HEADS, KEY
 
 GRIDS = [Grid(13, 17), Grid(17, 5), Grid(1, 23), Grid(29, 1), Grid(1, 1)]
@@ -142,7 +148,62 @@ def test_gradients_in_half_precision_are_as_good_as_torchs(pattern_case, dtype):
             assert error <= 2 * allowed
 
 
+def test_a_kernel_of_the_cpu_that_errs_is_not_used(calls, monkeypatch):
+    block, grid = create_block("criss_cross", 33, num_heads=3), Grid(5, 7)
+    q, k, v = inputs(grid, dtype=torch.float32)
+    monkeypatch.setattr(flash, "_agrees", {})
+    monkeypatch.setattr(flash, "trial", lambda kernel, device, dtype: [0.5])
+    with pytest.warns(UserWarning, match="torch's kernel for cpu and torch.float32 is not used: relative errors"):
+        out = block.mix(q, k, v, grid)
+    assert calls["forward"] == 0
+    torch.testing.assert_close(out, block.weights(q, k, grid) @ v)
+
+
+def test_the_kernel_of_the_cpu_is_tried_where_it_can_be(calls, monkeypatch):
+    block, grid = create_block("criss_cross", 33, num_heads=3), Grid(5, 7)
+    monkeypatch.setattr(flash, "_agrees", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with FakeTensorMode():
+            block.mix(*inputs(grid), grid)
+        torch.func.functionalize(block.mix)(*inputs(grid), grid)
+        assert not flash._agrees and calls["forward"] == 0
+        with torch.inference_mode():
+            block.mix(*inputs(grid), grid)
+    assert flash._agrees == {(flash.Cpu, torch.device("cpu"), torch.float64): True} and calls["forward"] == 2
+
+
 def test_dropout_leaves_the_kernel_alone(calls):
     block, grid = create_block("criss_cross", 33, num_heads=3, attn_drop=0.3).train(), Grid(5, 7)
     block.mix(*inputs(grid, dtype=torch.float32), grid)
     assert calls["forward"] == 0
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("dropout", [0.0, 1e-13])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("grid", [Grid(5, 1), Grid(1, 1), Grid(5, 7)])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Row() & Others(),
+        Row(past=True) & Others(),
+        Window((1, 0)) & Row() & Others(),
+        Window((0, 2)) & Others() | Column(past=True) & Others(),
+        (Row(past=True) | Column(past=True)) & Others(),
+    ],
+)
+def test_a_query_that_sees_nothing_takes_nothing_on_any_route(pattern, grid, kernel, dropout, prefix, monkeypatch):
+    assert not pattern.mask(grid).any(dim=1).all() or grid == Grid(5, 7)
+    if not kernel:
+        monkeypatch.setattr(union, "kernel_for", lambda q, k, v: None)
+
+    class Step:
+        mix = staticmethod(lambda q, k, v, grid: union.attend(q, k, v, grid, pattern, scale=0.3, dropout=dropout))
+
+    class Definition:
+        mix = staticmethod(lambda q, k, v, grid: softmax_over(pattern.mask(grid, prefix)[None], q, k, 0.3) @ v)
+
+    tensors = inputs(grid, prefix)
+    for one, other in zip(outputs_and_gradients(Step, tensors, grid), outputs_and_gradients(Definition, tensors, grid)):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

@@ -11,7 +11,7 @@ from vision_attn.mixer import Mixer
 TRACED, OTHERS = (2, 8, 12), [(3, 7, 11), (1, 13, 9), (2, 1, 17), (1, 29, 31)]  # (batch, height, width)
 
 
-class OnTokens(nn.Module):
+class WithPrefix(nn.Module):
     """A mixer on the positions of a map and on tokens before them, whose grid is that of the map, as in a ViT."""
 
     def __init__(self, mixer: Mixer):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cache import FullPast
 from .precision import at_least_float32, outside_autocast
-from .traced import is_traced
+from .traced import is_traced, is_transformed
 
 ROWS = 128  # of a chunk of scores
 
@@ -30,8 +30,7 @@ def in_chunks(
     rows = torch.arange(q.shape[2], device=q.device)
     if is_traced() or q.shape[2] <= size:
         return run(q, rows)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # which checkpointing does not know
-    if torch.is_grad_enabled() and not transformed:
+    if torch.is_grad_enabled() and not is_transformed():  # which checkpointing does not know
         run = partial(checkpoint, run, use_reentrant=False)
     return torch.cat([run(some, at) for some, at in zip(q.split(size, dim=2), rows.split(size))], dim=2)
 

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from .grid import Grid
 from .key_set import Columns, Everything, KeySet, Rows, Tiles
 from .precision import at_least_float32
-from .traced import is_traced
+from .traced import is_passing, is_traced, is_transformed
 
 aten = torch.ops.aten
 
@@ -137,7 +136,7 @@ def agrees(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dt
     """
     key = kernel, device, dtype
     if key not in _agrees:
-        if detect_fake_mode() is not None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if is_passing(device):
             return False
         try:
             # in a thread of its own, which no context of the caller reaches: inference, autocast, checkpointing
@@ -148,7 +147,7 @@ def agrees(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dt
         except (RuntimeError, TypeError, AttributeError) as error:
             _warn(device, dtype, error)
             return False
-        close = 2e-3 if dtype == torch.float32 else 3e-2  # also in TF32
+        close = 3e-2 if dtype.itemsize == 2 else 2e-3  # also in TF32
         _agrees[key] = all(error < close for error in errors)  # false of NaN, too
         if not _agrees[key]:
             _warn(device, dtype, f"relative errors {errors}")
@@ -213,18 +212,17 @@ class Before(Everything):
 def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | type[Cuda] | None:
     """The kernel that takes these tensors and tells the log-sum-exp.
 
-    None where there is none, in traced graphs, and under torch.func, whose tensors have no memory of their own.
+    None where there is none or it errs (`agrees`), in traced graphs, and under torch.func, whose tensors have no memory
+    of their own.
     """
-    if is_traced():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_traced() or is_transformed():
         return None
     if q.shape[-1] != v.shape[-1] or q.numel() == 0:
         return None
-    if q.device.type == "cpu":
-        return Cpu
-    fits = q.device.type == "cuda" and q.dtype in Cuda.dtypes and q.shape[-1] % 8 == 0
-    return Cuda if fits and agrees(Cuda, q.device, q.dtype) else None
+    kernel = {"cpu": Cpu, "cuda": Cuda}.get(q.device.type)
+    if kernel is None or (kernel is Cuda and (q.dtype not in Cuda.dtypes or q.shape[-1] % 8)):
+        return None
+    return kernel if agrees(kernel, q.device, q.dtype) else None
 
 
 def merged(

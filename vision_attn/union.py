@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .flash import BLOCKS, additive, by_launches, kernel_for, merged, opened
 from .grid import Grid
-from .key_set import Everything, KeySet
+from .key_set import Everything, KeySet, Only
 from .pattern import All, Past, Pattern
 from .precision import at_least_float32, is_slow, outside_autocast
 from .traced import fixed, is_traced
@@ -124,7 +124,7 @@ def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
     out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
-    return keys.place(out, grid)
+    return keys.place(_of_seen(out, keys, seen), grid)
 
 
 def _merged(kernel, q, k, v, before, grid, key_sets, scale):
@@ -137,20 +137,25 @@ def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
     if q.dtype == torch.float16:  # whose range scores may leave
         q, k, before = q.float(), k.float(), [before[0].float(), before[1]]
     q = q * scale
-    scores, prefix = [], fixed(before[0].shape[2])
+    scores, masks, prefix = [], [_with_causal(keys, grid, q.device) for keys in key_sets], fixed(before[0].shape[2])
     if prefix:
         scores.append(Everything().place(Everything().queries(q) @ before[0].transpose(-2, -1), grid))
-    for keys in key_sets:
+    for keys, mask in zip(key_sets, masks):
         seen = keys.queries(q) @ keys.keys(k).transpose(-2, -1)
-        mask = _with_causal(keys, grid, q.device)
         seen = seen if mask is None else seen + additive(mask, q.dtype)
         scores.append(keys.place(seen, grid, torch.finfo(q.dtype).min))
     weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=at_least_float32(q))
     weights = F.dropout(weights.to(v.dtype), dropout).split([s.shape[-1] for s in scores], dim=-1)
-    out = sum(keys.place(keys.queries(w) @ keys.keys(v), grid) for keys, w in zip(key_sets, weights[-len(key_sets) :]))
+    outs = [keys.queries(w) @ keys.keys(v) for keys, w in zip(key_sets, weights[-len(key_sets) :])]
+    out = sum(keys.place(_of_seen(out, keys, mask), grid) for out, keys, mask in zip(outs, key_sets, masks))
     if prefix:
         out = out + Everything().place(Everything().queries(weights[0]) @ before[1], grid)
     return out
+
+
+def _of_seen(out, keys: KeySet, mask):
+    """What queries take of a set: nothing where they see nothing. That may be so of composed sets alone."""
+    return out.masked_fill(~mask.any(dim=-1, keepdim=True), 0) if isinstance(keys, Only) else out
 
 
 def _with_causal(keys: KeySet, grid, device):

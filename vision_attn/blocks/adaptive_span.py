@@ -15,8 +15,8 @@ does not look at itself, and the nearest others are at distance 0, as in the aut
 Deviations: distance in two dimensions (the paper: on a line, into the past). As in the authors' code the parameter is
 z / S; theirs is set back into [0, 1] after every optimizer step, here it is clamped where it is used, and beyond keeps
 the gradient that leads back, so that no span is stuck and none winds up. Their window ends at S, ramp or not, and their
-divisor has 1e-8 more. Their positions do not look at themselves, these do. The position embeddings of their keys are
-left out.
+divisor has 1e-8 more. Their positions do not look at themselves, these do by default. The position embeddings of their
+keys are left out.
 
 >>> from vision_attn import Grid
 >>> print(Block(32, span=4, init=0.25, ramp=1.5).pattern.draw(Grid(5, 7), 3, 2))

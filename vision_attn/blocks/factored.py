@@ -55,7 +55,7 @@ class Beside(Directed):
     def key_sets(self):
         if self.include_self:
             return (RowsBeside(above=1, below=0 if self.past else 1),)
-        return (OtherRows((-1,) if self.past else (-1, 1)),)
+        return (OtherRows(self.past),)
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,17 @@ class RowsBeside(AdjacentRows):
 
 @dataclass(frozen=True)
 class OtherRows(KeySet):
-    """Every position with all of the rows that are ``steps`` further down.
+    """Every position with all of the row above, not ``past`` also of the row below.
 
-    Beyond the border they are zeros: where no row is inside, all of them are masked alike, and their mean is 0.
+    Beyond the border there are zeros: a query that has no row inside is shown these, and their mean is 0.
     """
 
-    steps: tuple[int, ...]
+    past: bool
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """How much further down the rows are."""
+        return (-1,) if self.past else (-1, 1)
 
     def queries(self, x):
         return x
@@ -110,7 +115,8 @@ class Block(PatternMixer):
         Others: those of `Mixer`.
 
     Raises:
-        ValueError: fewer than three heads without ``part``, or an argument out of range.
+        ValueError: fewer than three heads without ``part``, ``include_self=False`` without a previous row, or an
+            argument out of range.
     """
 
     def __init__(
@@ -126,7 +132,9 @@ class Block(PatternMixer):
         check.boolean("causal", causal)
         check.one_of("part", part, (None, "row", "column", "previous_row"))
         check.boolean("include_self", include_self)
+        if not include_self and part in ("row", "column"):
+            raise ValueError(f"include_self={include_self!r}: must be True with part={part!r}, which has the pixel")
         beside = Beside(past=causal, include_self=include_self)
         parts = {"row": Row(past=causal), "column": Column(past=causal), "previous_row": beside}
         super().__init__(parts[part] if part else PerHead(tuple(parts.values())), dim, num_heads, **mixer)
-        self.averages = include_self or part in ("row", "column")
+        self.averages = include_self

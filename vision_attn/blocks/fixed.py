@@ -12,8 +12,8 @@ published; without, everything goes both ways. One softmax over the union is the
 ``part="summary"`` give a layer one of them, to be interleaved by the host: the local layer must come first, since what
 a summary does not know the later row can't ask.
 Deviations: the paper's blocks are pieces of a sequence of any length; ours are the rows of the image. The authors' code
-cuts both into blocks of 32 positions, and its heads go round over ``num_verts`` summaries, here over as many as the row
-holds. A pixel always sees itself. Without ``causal`` the pattern is our reading.
+cuts both into blocks of 32 positions, and its heads go round over a given number of summaries, here by default over as
+many as the row holds. A pixel always sees itself. Without ``causal`` the pattern is our reading.
 
 >>> from vision_attn import Grid
 >>> print(Fixed(c=2, block=0, past=True).draw(Grid(5, 7), 3, 2))
@@ -275,7 +275,8 @@ class Block(PatternMixer):
         Others: those of `Mixer`.
 
     Raises:
-        ValueError: ``part`` together with ``split_heads``, one head to split, or an argument out of range.
+        ValueError: ``part`` together with ``split_heads``, ``num_verts`` without summaries, one head to split, or an
+            argument out of range.
     """
 
     def __init__(
@@ -298,6 +299,8 @@ class Block(PatternMixer):
             check.positive_int("num_verts", num_verts)
         if split_heads and part:
             raise ValueError(f"part={part!r}: must be None with split_heads=True, which gives each part half the heads")
+        if num_verts is not None and part == "local":
+            raise ValueError(f"num_verts={num_verts!r}: must be None with part='local', which has no summaries")
 
         row, other = Row(past=causal), Summary if split_heads or part == "summary" else Fixed
         one = row if part == "local" else other(c, 0, past=causal)
