@@ -16,7 +16,8 @@ def weight_of(module: nn.Module) -> Tensor:
 
     A layer may have been wrapped (LoRA) or exchanged, so it need not have a ``weight`` of its own.
     """
-    return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return torch.empty(0, dtype=torch.float32) if weight is None else weight
 
 
 def is_slow(x: Tensor) -> bool:
