@@ -229,6 +229,18 @@ def test_outputs_inside_outputs(tmp_path):
         torch.testing.assert_close(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5)
 
 
+def test_an_output_that_is_called_as_the_input_is_goes_by_another_name(tmp_path):
+    """As in networks that restore an image."""
+    model = Several(lambda x: {"image": x.exp(), "depth": {"image": x.mean(1)}}).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(29, 31))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["output_image", "depth_image"]
+    x = torch.randn(3, 3, 17, 23)
+    given = model(x)
+    for got, right in zip(session.run(None, {"image": x.numpy()}), (given["image"], given["depth"]["image"])):
+        torch.testing.assert_close(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5)
+
+
 def test_every_output_is_compared(tmp_path):
     def outputs(x):
         return x, x * int((x.shape[2] * x.shape[3]) ** 0.5)
