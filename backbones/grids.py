@@ -109,11 +109,17 @@ class GridSource:
     def find(self, x: Tensor) -> Grid | None:
         """The grid of tokens ``x``, which is noted and which they carry from here on, or one that they do not fit."""
         notes, size = self.notes, self.positions(x)
-        grid = carried(x, size) or notes.grid
+        grid, noted = carried(x, size), notes.grid
+        if noted is not None and in_graph(noted.height):  # left over from a graph
+            noted = None
+        if grid is not None and version_of(x) is None and noted not in (None, grid) and noted.size == size:
+            raise ValueError(
+                f"grid: these {x.shape[1]} tokens were {grid.height}×{grid.width}, the latest are {noted.height}×"
+                f"{noted.width}; inference_mode does not tell whether their memory was written to, torch.no_grad does"
+            )
+        grid = grid or noted
         if notes is not self.thread and grid is None:  # they passed here in forward, so they do fit what was embedded
             grid = self.only.get(size)
-        if grid is not None and in_graph(grid.height):  # left over from a graph
-            grid = None
         if grid is not None and grid.size == size:
             notes.grid = grid
             carry(x, grid)

@@ -343,6 +343,33 @@ def test_memory_that_is_written_to_forgets_its_grid():
     assert torch.equal(model.blocks(buffer), wanted)
 
 
+@torch.inference_mode()
+def test_where_writing_can_not_be_seen_it_is_not_overlooked():
+    """Tensors of inference mode have no version."""
+    model, (x, other) = vit(MIXERS[0]), images(WIDE, TALL)
+    wanted = [model(image) for image in (x, other)]
+    tokens, buffer = model.blocks[0](embedded(model, other)), embedded(model, x)
+    model.blocks(buffer)
+    for write in (lambda: buffer.copy_(embedded(model, other)), lambda: buffer.copy_(model.blocks[0](tokens))):
+        write()
+        with pytest.raises(ValueError, match="grid: .*inference_mode.*torch.no_grad"):
+            model.blocks(buffer)
+    assert_same([model(image) for image in (x, other)], wanted)
+
+
+@torch.inference_mode()
+def test_turns_and_threads_in_inference_mode():
+    """Right as elsewhere where grids have numbers of positions of their own."""
+    model, many = vit(MIXERS[0]), images(WIDE, LARGE)
+    wanted, tokens = [model(x) for x in many], []
+    for x in many:
+        tokens.append(model.blocks[0](embedded(model, x)))
+    for block in model.blocks[1:]:
+        with ThreadPoolExecutor(1) as pool:
+            tokens = list(pool.map(torch.inference_mode()(block), tokens))
+    assert_same([model.forward_head(model.norm(x)) for x in tokens], wanted)
+
+
 # Copies, graphs, transforms
 
 
