@@ -292,8 +292,14 @@ def _compare(
     for batch, height, width in sizes:
         where = f"at (batch, height, width) = {(batch, height, width)}"
         images = torch.randn(batch, channels, height, width, generator=generator)
-        with torch.no_grad():
-            wanted = _by_name(model(images))
+        try:
+            with torch.no_grad():
+                wanted = _by_name(model(images))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"image_size: the model does not take {height}×{width}, which is tried beside it; give a larger one, "
+                f"or dynamic=False: {error}"
+            ) from error
         try:
             got = session.run(list(wanted), {"image": images.numpy()})
         except Exception as error:

@@ -486,6 +486,14 @@ def test_a_wrong_graph_behind_a_small_gain_for_each_channel_is_an_error(tmp_path
         backbones.export_onnx(LayerScale().eval(), tmp_path / "m.onnx", image_size=(29, 31))
 
 
+def test_a_size_to_try_that_the_model_does_not_take_is_named(tmp_path):
+    model = Several(lambda x: F.avg_pool2d(x, 27)).eval()
+    with pytest.raises(ValueError, match=r"^image_size: .* 24×36, .*dynamic=False"):
+        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29)
+    assert not list(tmp_path.iterdir())
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29, dynamic=False)
+
+
 @pytest.mark.parametrize("size", [0, -32, (32,), (32, 0), (3, 32, 32), "32", "ab", 32.0, (32.0, 32)])
 def test_a_wrong_image_size_is_named(tmp_path, size):
     with pytest.raises(ValueError, match="image_size="):
