@@ -12,6 +12,7 @@ from timm.models.resnet import ResNet
 from vision_attn import Gate, create_layer
 from vision_attn.zoo import block_class
 
+from .hosts import options_within
 from .insert import insert
 from .named import register_stock
 
@@ -48,8 +49,7 @@ def add_attention(model: ResNet, block: str, at: str | list[str] | None = None, 
         found += hits
     for name in dict.fromkeys(within):
         last = getattr(slots[name], "conv3", None) or slots[name].conv2
-        like = dict(device=last.weight.device, dtype=last.weight.dtype)
-        slots[name].se = create_layer(block, last.out_channels, **options, **like)
+        slots[name].se = create_layer(block, last.out_channels, **options_within(last, options))
     if behind:
         insert(model, block, behind, **options)
     return model

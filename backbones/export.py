@@ -37,7 +37,7 @@ def export_onnx(
 
     The input is called "image", its axes batch, channels, height and width: batch always varies, height and width do
     where ``dynamic`` is set and the model takes more than one size. One tensor is called "output", those of a dict by
-    their keys, those of a list or tuple output_0, output_1, …
+    their keys (one of the key "image" output_image), those of a list or tuple output_0, output_1, …
 
     A layer whose gain is zero adds nothing, so a wrong graph of it would pass: a copy with random gains and norms is
     exported and checked first. The file names what is needed to use it: see `describe_export`.
@@ -79,7 +79,7 @@ def export_onnx(
             f"model={type(model).__name__}: gives {len(one)} tensors for one image and {len(two)} for two, as "
             "detectors do; a part that gives as many for any images can be exported (its backbone)"
         )
-    sizes = _sizes(model, size, dynamic)
+    sizes = _sizes(model, channels, size, dynamic)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         awake, file = _awake(model, channels, size), Path(folder, "model.onnx")
@@ -116,7 +116,9 @@ def _by_name(output) -> dict[str, Tensor]:
     named = {}
     for path, tensor in tree_flatten_with_path(output)[0]:
         keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
-        name = "_".join(keys if keys and keys[0].isidentifier() else ["output", *keys])
+        if not keys or keys == ["image"] or not keys[0].isidentifier():  # "image" is the input
+            keys = ["output", *keys]
+        name = "_".join(keys)
         if not isinstance(tensor, Tensor):
             raise ValueError(f"model: gives {type(tensor).__name__} as {name}, must give nothing but tensors")
         if name in named:
@@ -224,7 +226,7 @@ def _varies(model: nn.Module, dynamic: bool) -> bool:
     return dynamic and not getattr(embed, "strict_img_size", False)
 
 
-def _sizes(model: nn.Module, size: tuple[int, int], dynamic: bool) -> list[tuple[int, int, int]]:
+def _sizes(model: nn.Module, channels: int, size: tuple[int, int], dynamic: bool) -> list[tuple[int, int, int]]:
     """Six (batch, height, width) to try, neither square nor round where the model allows."""
     if not _varies(model, dynamic):
         return [(batch, *size) for batch in (1, 3, 4, 5, 7, 8)]
@@ -232,7 +234,7 @@ def _sizes(model: nn.Module, size: tuple[int, int], dynamic: bool) -> list[tuple
     if patch is None:
         shifts = ((1, 3, 0), (3, -5, 7), (1, 11, -13), (2, -7, -9), (5, 17, 2), (1, 32, 64))
         sizes = [(b, max(1, size[0] + y), max(1, size[1] + x)) for b, y, x in shifts]
-        if takes(model, (input_size_of(model)[0], *sizes[0][1:])):
+        if takes(model, (channels, *sizes[0][1:])):
             return sizes
         patch = (32, 32)  # folds its images, as TResNet
     grid = [n // p for n, p in zip(size, patch)]
@@ -297,7 +299,10 @@ def _compare(
             with torch.no_grad():
                 wanted = _by_name(model(images))
         except (AssertionError, RuntimeError) as error:
-            raise ExportError(f"{where} the model takes no images, try a larger image_size: {error}") from error
+            raise ValueError(
+                f"image_size: the model does not take {height}×{width}, which is tried beside it; give a larger one, "
+                f"or dynamic=False: {error}"
+            ) from error
         try:
             got = session.run(list(wanted), {"image": images.numpy()})
         except Exception as error:

@@ -20,6 +20,7 @@ class Notes(threading.local):
 
     grid: Grid | None = None  # of the tokens that are being run
     waiting: tuple[Grid, ...] = ()  # embedded, and no block has begun with their tokens; the oldest first
+    before: tuple[Grid, ...] = ()  # what was waiting when the forward of the whole model began
 
 
 class GridSource:
@@ -41,6 +42,20 @@ class GridSource:
     def notes(self) -> Notes:
         step = None if torch.compiler.is_compiling() else torch._C._current_autograd_node()
         return self.thread if step is None else step.metadata.setdefault(self, Notes())
+
+    def begin(self, model: nn.Module, args) -> None:
+        """Forward pre-hook of the model: what was embedded before is not what it runs."""
+        if not torch.compiler.is_compiling():
+            notes = self.notes
+            notes.grid, notes.before, notes.waiting = None, notes.waiting, ()
+
+    def end(self, model: nn.Module, args, output) -> None:
+        """Forward hook of the model: what was embedded before waits on, and beside it what it may be mistaken for."""
+        if not torch.compiler.is_compiling():
+            notes = self.notes
+            ran, before, notes.before = notes.grid, notes.before, ()
+            alike = ran is not None and any(grid.size == ran.size for grid in before) and ran not in before
+            notes.waiting = (*before, ran) if alike else before
 
     def record(self, patch_embed: nn.Module, args, output) -> None:
         """Forward hook of the patch embedding."""
@@ -87,18 +102,24 @@ class GridSource:
         if grid is None or isinstance(x, fx.Proxy) != isinstance(grid.height, fx.Proxy):
             raise ValueError(
                 f"grid: the patch embedding has not run before these {x.shape[1]} tokens in this thread, or several "
-                "grids may be theirs"
+                "grids may be theirs, as where one of as many was embedded and never run"
             )
         return of_grid(x, self.num_prefix_tokens, grid), grid
 
     def find(self, x: Tensor) -> Grid | None:
         """The grid of tokens ``x``, which is noted and which they carry from here on, or one that they do not fit."""
         notes, size = self.notes, self.positions(x)
-        grid = carried(x, size) or notes.grid
+        grid, noted = carried(x, size), notes.grid
+        if noted is not None and in_graph(noted.height):  # left over from a graph
+            noted = None
+        if grid is not None and version_of(x) is None and noted not in (None, grid) and noted.size == size:
+            raise ValueError(
+                f"grid: these {x.shape[1]} tokens were {grid.height}×{grid.width}, the latest are {noted.height}×"
+                f"{noted.width}; inference_mode does not tell whether their memory was written to, torch.no_grad does"
+            )
+        grid = grid or noted
         if notes is not self.thread and grid is None:  # they passed here in forward, so they do fit what was embedded
             grid = self.only.get(size)
-        if grid is not None and in_graph(grid.height):  # left over from a graph
-            grid = None
         if grid is not None and grid.size == size:
             notes.grid = grid
             carry(x, grid)
@@ -181,6 +202,8 @@ def grid_source(model: nn.Module) -> GridSource:
     if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
         raise ValueError("patch_drop_rate: must be 0 beside a block, which needs every patch in its place in the grid")
     source = GridSource(getattr(model, "num_prefix_tokens", 0))
+    model.register_forward_pre_hook(source.begin)
+    model.register_forward_hook(source.end, always_call=True)
     patch_embed.register_forward_pre_hook(one_size)
     patch_embed.register_forward_hook(source.record)
     for chain in model.children():

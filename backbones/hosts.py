@@ -125,3 +125,12 @@ def takes(model: nn.Module, size: tuple[int, int, int]) -> bool:
 def like(model: nn.Module) -> dict:
     parameter = next(model.parameters())
     return dict(device=parameter.device, dtype=parameter.dtype)
+
+
+def options_within(model: nn.Module, options: dict) -> dict:
+    """Of a block that becomes part of ``model``: its device and type come along; ValueError if others are asked for."""
+    same = like(model)
+    for name, own in same.items():
+        if name in options:
+            raise ValueError(f"{name}={options[name]!r}: is the model's, {own}; move or convert the model instead")
+    return {**options, **same}

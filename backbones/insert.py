@@ -11,7 +11,7 @@ from vision_attn import Gate, Grid, OnTokens, create_block, create_layer
 from vision_attn.zoo import block_class
 
 from .grids import GridSource, carry, grid_source
-from .hosts import input_size_of, last_of, like, resolve, stages
+from .hosts import input_size_of, last_of, options_within, resolve, stages
 from .places import places
 
 
@@ -56,7 +56,7 @@ def insert(
             hear them.
         init_gain: 0 starts as identity, 1 as the block was published.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
-        options: of the block.
+        options: of the block, whose device and type are the model's.
 
     Raises:
         ValueError: ``at`` matches nothing (what could match is listed) or a place where no layer can be (one that works
@@ -70,7 +70,7 @@ def insert(
     found = resolve(model, at, could, dict(model.named_modules(remove_duplicate=False)))
     names = list(dict.fromkeys(last_of(model, name) for name in found))  # "layer3" and "layer3.1" may be the same place
     size = input_size or input_size_of(model)
-    child, same, ready = f"attn_{block}", like(model), []
+    child, ready, options = f"attn_{block}", [], options_within(model, options)
     for name in names:
         if hasattr(model.get_submodule(name), child):
             raise ValueError(f"at={at!r}: {name} already has a {block}")
@@ -88,11 +88,11 @@ def insert(
                     f"at={at!r}: {name} gives {shape[1]} tokens, but a block of this ViT must give "
                     f"{source.num_prefix_tokens} + {grid.height}×{grid.width}"
                 )
-            layer = OnTokens(create_block(block, shape[-1], **options, **same), init_gain)
+            layer = OnTokens(create_block(block, shape[-1], **options), init_gain)
             source.follow(target)
             ready.append((target, layer, Behind(child, source=source)))
         else:
-            layer = create_layer(block, shape[channel_axis], init_gain=init_gain, **options, **same)
+            layer = create_layer(block, shape[channel_axis], init_gain=init_gain, **options)
             ready.append((target, layer, Behind(child, channels_last=channel_axis == 3)))
     for target, layer, behind in ready:  # all of them or, where one can't be made, none
         target.add_module(child, layer.train(model.training))

@@ -23,7 +23,7 @@ from vision_attn import Mixer, create_block, create_layer
 from vision_attn.zoo import block_class
 
 from .grids import grid_source
-from .hosts import also_called, input_size_of, like, resolve, shapes_of
+from .hosts import also_called, input_size_of, options_within, resolve, shapes_of
 
 _logger = logging.getLogger(__name__)
 TOKEN_ATTENTION = (Attention, EvaAttention)
@@ -70,7 +70,7 @@ def replace(
         at: names, with wildcards that do not cross dots, of attention modules or of modules that hold them
             ("blocks.*.attn", "blocks.[6-9]"), or several; None: all.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
-        options: of the block.
+        options: of the block, whose device and type are the model's.
 
     Returns:
         The model and the names of copied, new and unused parameters.
@@ -89,9 +89,9 @@ def replace(
     for name in names:
         if also_called(model, name):
             raise ValueError(f"at={name!r}: is also {also_called(model, name)}, which would keep the old one")
-    same, done = like(model), []
+    options, done = options_within(model, options), []
     channels = _channels(model, [name for name in names if isinstance(able[name], MAP_ATTENTION)], input_size)
-    layers = {name: _layer_like(able[name], block, channels.get(name), {**options, **same}) for name in names}
+    layers = {name: _layer_like(able[name], block, channels.get(name), options) for name in names}
     for name, new in layers.items():
         if isinstance(able[name], TOKEN_ATTENTION):
             new.register_forward_pre_hook(grid_source(model).give, with_kwargs=True)

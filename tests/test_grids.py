@@ -261,6 +261,66 @@ def test_which_of_two_grids_is_not_guessed():
     assert torch.equal(model(x), wanted)
 
 
+class Interrupted(Exception):
+    pass
+
+
+def embed_alone(model, x):
+    model.patch_embed(x)
+
+
+def interrupt(model, x):
+    """After the patches are made, before a block has begun."""
+
+    def stop(*_):
+        raise Interrupted
+
+    hook = model.norm_pre.register_forward_pre_hook(stop)
+    with pytest.raises(Interrupted):
+        model(x)
+    hook.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [embed_alone, interrupt])
+@every_way
+def test_a_forward_does_not_mind_what_was_embedded_and_never_run(how, left):
+    model, (x, other, large) = HOW[how]().eval(), images(WIDE, TALL, LARGE)
+    wanted = [model(image) for image in (other, large, other)]
+    left(model, x)
+    assert_same([model(image) for image in (other, large, other)], wanted)
+
+
+@torch.no_grad()
+def test_tokens_embedded_before_a_forward_are_right_or_refused_after_it():
+    model, (x, other, large) = vit(MIXERS[0]), images(WIDE, TALL, LARGE)
+    wanted = model.blocks(embedded(model, x))
+    tokens = embedded(model, x)
+    model(large)
+    assert torch.equal(model.blocks(tokens), wanted)
+    tokens = embedded(model, x)
+    model(other)
+    with pytest.raises(ValueError, match="grid: .*several grids may be theirs"):
+        model.blocks(tokens)
+
+
+@torch.no_grad()
+def test_two_images_in_one_forward_are_not_guessed():
+    class Pair(nn.Module):
+        """Embeds both images before it runs one."""
+
+        def __init__(self, vit):
+            super().__init__()
+            self.vit = vit
+
+        def forward(self, x, other):
+            tokens = [embedded(self.vit, image) for image in (x, other)]
+            return self.vit.blocks(tokens[0])
+
+    with pytest.raises(ValueError, match="grid: .*several grids may be theirs"):
+        Pair(vit(MIXERS[0]))(*images(WIDE, TALL))
+
+
 @torch.no_grad()
 def test_images_that_take_turns_block_by_block():
     model, many = vit(MIXERS[0]), images(WIDE, TALL, LARGE)
@@ -281,6 +341,33 @@ def test_memory_that_is_written_to_forgets_its_grid():
     model.blocks(buffer)
     buffer.copy_(embedded(model, other))
     assert torch.equal(model.blocks(buffer), wanted)
+
+
+@torch.inference_mode()
+def test_where_writing_can_not_be_seen_it_is_not_overlooked():
+    """Tensors of inference mode have no version."""
+    model, (x, other) = vit(MIXERS[0]), images(WIDE, TALL)
+    wanted = [model(image) for image in (x, other)]
+    tokens, buffer = model.blocks[0](embedded(model, other)), embedded(model, x)
+    model.blocks(buffer)
+    for write in (lambda: buffer.copy_(embedded(model, other)), lambda: buffer.copy_(model.blocks[0](tokens))):
+        write()
+        with pytest.raises(ValueError, match="grid: .*inference_mode.*torch.no_grad"):
+            model.blocks(buffer)
+    assert_same([model(image) for image in (x, other)], wanted)
+
+
+@torch.inference_mode()
+def test_turns_and_threads_in_inference_mode():
+    """Right as elsewhere where grids have numbers of positions of their own."""
+    model, many = vit(MIXERS[0]), images(WIDE, LARGE)
+    wanted, tokens = [model(x) for x in many], []
+    for x in many:
+        tokens.append(model.blocks[0](embedded(model, x)))
+    for block in model.blocks[1:]:
+        with ThreadPoolExecutor(1) as pool:
+            tokens = list(pool.map(torch.inference_mode()(block), tokens))
+    assert_same([model.forward_head(model.norm(x)) for x in tokens], wanted)
 
 
 # Copies, graphs, transforms

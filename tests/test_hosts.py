@@ -410,6 +410,72 @@ def test_rows_of_a_network_keep_their_layers_when_it_is_fused(yolo, block):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+class FusesACopy(Yolo):
+    """What ``fuse`` gives is another network."""
+
+    def fuse(self):
+        return Yolo.fuse(copy.deepcopy(self))
+
+
+class FusesAnew(Yolo):
+    """``fuse`` leaves the network as it is, and gives one whose third row is new."""
+
+    def fuse(self):
+        fused = copy.deepcopy(self)
+        row = Bottleneck(12).double().eval()
+        row.i, row.f = 2, -1
+        row.load_state_dict(self.model[2].state_dict(), strict=False)
+        fused.model[2] = row
+        return fused
+
+
+@pytest.mark.parametrize("part", ["conv", "bn"])
+def test_what_a_fused_copy_lacks_is_refused(part):
+    model = alive(FusesACopy()).double().eval()
+    with pytest.raises(ValueError, match=f"at='model.1.{part}': goes, or gives something else.*; try 'model.1'$"):
+        backbones.insert(model, GATES[0], f"model.1.{part}", input_size=YOLO)
+    backbones.insert(model, GATES[0], ["model.1", "model.2"], init_gain=0.5, input_size=YOLO)
+    x = torch.randn(2, *YOLO).double()
+    for a, b in zip(model.fuse()(x), model(x)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_what_a_fused_network_makes_anew_is_refused():
+    model = alive(FusesAnew()).double().eval()
+    with pytest.raises(ValueError, match="at='model.2': goes, or gives something else"):
+        backbones.insert(model, GATES[0], "model.2", input_size=YOLO)
+    assert layers(backbones.insert(model, GATES[0], "model.1", input_size=YOLO))
+
+
+def test_what_gives_no_numbers_is_not_compared_with_its_fused_self():
+    class Positive(Yolo):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(Conv(3, 8))
+
+        def forward(self, x):
+            return self.model(x) > 0
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Positive()
+
+        def forward(self, x):
+            return self.inner(x)
+
+        def fuse(self):
+            self.inner.fuse()
+
+    model = alive(Holds()).double().eval()
+    backbones.insert(model, GATES[0], "inner.model.0", init_gain=0.5, input_size=YOLO)
+    x = torch.randn(2, *YOLO).double()
+    wanted = model(x)
+    model.fuse()
+    assert list(layers(model)) == [f"inner.model.0.attn_{GATES[0]}"]
+    assert (model(x) == wanted).double().mean() > 0.999
+
+
 @pytest.mark.parametrize("name, inner, holder", [
     ("mobileone_s0", "stages.0.1.conv_kxk.0.bn", "stages.0.1"),
     ("repvit_m0_9", "stages.0.blocks.0.token_mixer", "stages.0.blocks.0"),

@@ -166,6 +166,31 @@ def test_links_are_followed_but_not_into_a_circle(tmp_path):
         train[broken]
 
 
+@pytest.mark.parametrize("up", [".", "..", "../.."])
+def test_a_class_that_is_a_link_to_the_split_or_above_is_left_out(up, tmp_path):
+    make_folder(tmp_path / "data", images=2)
+    (tmp_path / "data" / "train" / "loop").symlink_to(up)
+    train, _, classes, said = read(tmp_path / "data")
+    assert classes == ["cat", "dog"] and len(train) == 4
+    assert said == [f"{tmp_path}/data/train: left out links to folders that hold them: loop"]
+
+
+@pytest.mark.parametrize("up", ["..", "../..", "../../.."])
+def test_a_link_in_a_class_to_the_split_or_above_is_not_followed(up, tmp_path):
+    make_folder(tmp_path / "data", images=2)
+    (tmp_path / "data" / "train" / "cat" / "loop").symlink_to(up)
+    train, *_ = read(tmp_path / "data")
+    assert len(train) == 4
+
+
+def test_a_class_may_be_a_link_to_a_folder_beside_the_split(tmp_path):
+    make_folder(tmp_path / "data", images=2)
+    make_folder(tmp_path / "data" / "train_more", ("eel",), ("here",), images=3)
+    (tmp_path / "data" / "train" / "eel").symlink_to(tmp_path / "data" / "train_more")
+    train, _, classes, said = read(tmp_path / "data")
+    assert classes == ["cat", "dog", "eel"] and len(train) == 7 and said == []
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read_is_told_of(tmp_path):
     make_folder(tmp_path)

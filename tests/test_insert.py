@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import timm
@@ -350,6 +351,16 @@ def test_channels_type_and_device_are_those_of_the_model():
         backbones.insert(model, block)
         assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
         assert [layer.block.dim for layer in layers(model).values()] == [64, 128, 256, 512]
+
+
+@pytest.mark.parametrize("option, said", [("device", "cpu"), ("dtype", "torch.float32")])
+@pytest.mark.parametrize("host, at", [("resnet18", "layer1"), ("vit_tiny_patch16_224", "blocks.0")])
+def test_another_type_or_device_is_refused_in_a_line(host, at, option, said):
+    model, _ = made(host)
+    other = {"device": "meta", "dtype": torch.bfloat16}[option]
+    with pytest.raises(ValueError, match=f"^{option}={re.escape(repr(other))}: .*is the model's, {said}"):
+        backbones.insert(model, GATES[0], at, **{option: other})
+    assert not layers(model)
 
 
 def test_image_size_can_be_given():

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 
 import pytest
 import timm
@@ -300,6 +301,15 @@ def test_bad_options_change_nothing(block):
         backbones.replace(model, block, num_heads=5)
     with pytest.raises(TypeError, match="nonsense"):
         backbones.replace(model, block, nonsense=5)
+    assert all(type(part.attn) is Attention for part in model.blocks)
+
+
+@pytest.mark.parametrize("option, said", [("device", "cpu"), ("dtype", "torch.float32")])
+def test_another_type_or_device_is_refused_in_a_line(option, said):
+    model = timm.create_model("vit_tiny_patch16_224", **VIT)
+    other = {"device": "meta", "dtype": torch.bfloat16}[option]
+    with pytest.raises(ValueError, match=f"^{option}={re.escape(repr(other))}: .*is the model's, {said}"):
+        backbones.replace(model, "dense", **{option: other})
     assert all(type(part.attn) is Attention for part in model.blocks)
 
 

@@ -2,7 +2,7 @@
 
 The class is the first folder below the split; an image may lie at any depth in it. Hidden files and folders, whose
 names begin with a dot, are left out; so is what lies beside the class folders, and what Pillow does not read by its
-ending. Symbolic links are followed.
+ending. Symbolic links are followed, but not to folders that they lie in.
 """
 
 import os
@@ -101,11 +101,15 @@ def read_split(folder: Path) -> Split:
         ValueError: if there is none in a class folder; says what is wanted.
         OSError: if a folder can't be read.
     """
-    images, beside, others = {}, [], Counter()
+    images, beside, upwards, others = {}, [], [], Counter()
+    real = Path(os.path.realpath(folder))
+    within = (str(real), *map(str, real.parents))
     for entry in _visible(folder):
-        if entry.is_dir():
+        if entry.is_dir() and os.path.realpath(entry.path) in within:
+            upwards.append(entry.name)
+        elif entry.is_dir():
             images[entry.name] = []
-            for path in _files(entry.path, (os.path.realpath(folder),)):
+            for path in _files(entry.path, within):
                 if _ending(path) in endings():
                     images[entry.name].append(path)
                 else:
@@ -119,6 +123,7 @@ def read_split(folder: Path) -> Split:
         raise ValueError(f"Found 0 images in class folders of {folder}{also}; wanted is {folder}/CLASS/IMAGE")
     told = {
         "files in no class folder": _some(beside),
+        "links to folders that hold them": _some(upwards),
         "class folders without images": _some(empty),
         "files of other endings": _some(f"{ending} {count}" for ending, count in others.most_common()),
     }
