@@ -32,7 +32,7 @@ OPTIONS = {
         {"kernel_size": 3, "dilation": (2, 3)},
         {"kernel_size": (3, 5), "dilation": (3, 2), "border": "shift"},
     ],
-    "efficient": [{}, {"value_dim": 39}],
+    "efficient": [{}, {"value_dim": 84}],
     "expectation_maximization": [{"bases": 3}, {"bases": 5, "temperature": 0.5, "iterations": 1}],
     "fixed": [{"c": 3}, {"c": 3, "split_heads": True}, {"c": 2, "part": "summary"}, {"c": 2, "num_verts": 2}],
     "global_context": [{}, {"fusion": "multiply"}, {"fusion": "both", "rd_channels": 2}, {"pooling": "average"}],

@@ -103,8 +103,6 @@ def double(monkeypatch):
 
 def merging_steps(case):
     """Steps of several key sets."""
-    if "value_dim" in case.options:  # of a kernel, and a width that these heads need not divide
-        return
     for step in case.new(dim=HEADS * CHANNELS, num_heads=HEADS, key_dim=HEADS * CHANNELS).steps:
         own = "mix" in vars(type(step))
         pattern = None if own else getattr(step, "pattern", None)

@@ -51,8 +51,6 @@ SEVEN = dict(dim=35, num_heads=7, key_dim=35)
 def shared_unevenly():
     """Blocks whose patterns have shares of seven heads that differ."""
     for param in mixers(every_case()):
-        if "value_dim" in param.values[0].options:  # a width that seven heads need not divide
-            continue
         block = param.values[0].new(**SEVEN, device="meta")
         if hasattr(block, "pattern") and len(set(block.pattern.shares(7))) > 1:
             yield param

@@ -88,7 +88,7 @@ def test_far_pixels_on_a_large_map_are_exact_enough_in_float32():
 
 
 def test_it_costs_what_its_docstring_says():
-    assert describe("gaussian_prior").cost == "2 N² (d + 4 heads)"
+    assert describe("gaussian_prior").cost == "2 N² d"
     block = create_block("gaussian_prior", 24, num_heads=HEADS, device="meta").eval()
     n, x = GRID.size, torch.empty(1, GRID.size, 24, device="meta")
     assert flops(block, x, GRID) == 2 * (2 * n**2 * (24 + 4 * HEADS) + 4 * n * 24**2)  # and the projections

@@ -42,7 +42,8 @@ def test_mean_is_average_pooling():
     )
     expected = F.scaled_dot_product_attention(q, keys, values)
     torch.testing.assert_close(block.mix(q, k, v, grid), expected, rtol=1e-11, atol=1e-13)
-    for table in (block.projections(axis, Grid(11, 13), "cpu", torch.float64) for axis in (0, 1)):  # sizes with a rest
+    for axis in (0, 1):
+        table = torch.stack(block.projections(axis, Grid(11, 13), "cpu", torch.float64))  # sizes with a rest
         torch.testing.assert_close(table.sum(dim=-1), torch.ones_like(table[..., 0]), rtol=1e-13, atol=0)
     assert set(new().state_dict()) - set(block.state_dict()) == {"rows", "columns"}
 
@@ -51,13 +52,13 @@ def test_sums_of_projections_stay_at_any_size():
     block = new(length=tuple(GRID))
     for grid in [GRID, Grid(1, 1), Grid(3, 2), Grid(13, 11), Grid(3 * 5, 2 * 7)]:
         for axis, table in enumerate((block.rows, block.columns)):
-            projection = block.projections(axis, grid, "cpu", torch.float64)
+            projection = torch.stack(block.projections(axis, grid, "cpu", torch.float64))
             torch.testing.assert_close(projection.sum(dim=-1), table.sum(dim=-1), rtol=1e-12, atol=1e-13)
 
 
 def test_an_entry_stands_for_its_part_of_the_axis_at_any_size():
     block = new(length=(6, 6))
-    larger, smaller = (block.projections(0, Grid(height, 5), "cpu", torch.float64)[0, 0] for height in (12, 3))
+    larger, smaller = (block.projections(0, Grid(height, 5), "cpu", torch.float64)[0][0] for height in (12, 3))
     entries = block.rows[0, 0]
     torch.testing.assert_close(larger, entries.repeat_interleave(2, dim=-1) / 2, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(smaller, entries[:, ::2] + entries[:, 1::2], rtol=1e-12, atol=1e-13)

@@ -75,7 +75,7 @@ def test_a_layer_learns_from_the_scores_that_it_leaves_to_later_ones():
 
 
 def test_it_costs_what_its_docstring_says():
-    assert describe("residual_logits").cost == "N² d layers (layers + 1)"
+    assert describe("residual_logits").cost == "2 layers N² d"
     n, x = GRID.size, torch.empty(1, GRID.size, 24, device="meta")
     for layers in (1, 2, 3):
         block = create_block("residual_logits", 24, num_heads=HEADS, layers=layers, device="meta").eval()

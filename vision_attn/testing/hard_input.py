@@ -101,7 +101,9 @@ def slopes_at_float16(case, block, x, grid):
     block, between = copy.deepcopy(block).double(), [0.0]
 
     def rounded(t):
-        if not isinstance(t, torch.Tensor) or not t.requires_grad:
+        if isinstance(t, tuple):
+            return tuple(map(rounded, t))
+        if not isinstance(t, torch.Tensor) or not t.requires_grad or not t.numel():
             return t
         t = t + (t.half() - t).detach()
         t.register_hook(lambda slope: between.append(slope.abs().max().item()))
@@ -109,7 +111,7 @@ def slopes_at_float16(case, block, x, grid):
 
     for layer in block.modules():
         if layer is not block and any(True for _ in layer.parameters(recurse=False)):
-            layer.register_forward_pre_hook(lambda _, inputs: tuple(map(rounded, inputs)))
+            layer.register_forward_pre_hook(lambda _, inputs: rounded(inputs))
             layer.register_forward_hook(lambda _, inputs, out: rounded(out))
     _, *slopes = answers(case, block, x.double(), grid, None, direction=1.0)
     return slopes, max(between)
