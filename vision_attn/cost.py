@@ -1,5 +1,6 @@
 """What a module costs: operations and memory counted by torch, time measured, nothing written by hand."""
 
+import gc
 import itertools
 import os
 import time
@@ -54,8 +55,14 @@ def peak_memory(call: Callable[[], object], device: str | torch.device) -> float
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to stderr
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
+    collects = gc.isenabled()
+    gc.disable()  # what is freed of earlier calls would count
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+    finally:
+        if collects:
+            gc.enable()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
     return max(itertools.accumulate(e.nbytes() for e in events), default=0) / 2**20
