@@ -76,7 +76,7 @@ logging.getLogger("torch.__trace").propagate = False  # thousands of lines under
 
 # What is special to a block goes with the block.
 collect_ignore = [
-    path.name for path in Path(__file__).parent.glob("test_special_*.py") if path.stem[13:] not in list_blocks()
+    str(path) for path in (Path(__file__).parent / "blocks").glob("test_*.py") if path.stem[5:] not in list_blocks()
 ]
 
 

@@ -1,7 +1,7 @@
 """A drill for the tests: the source of a mechanism is broken in one place at a time, and some test must say so.
 
     python tests/mutation_drill.py                                 every block
-    python tests/mutation_drill.py --files '[union.py, pattern.py]' --blocks '[dense, window]'
+    python tests/mutation_drill.py --files '[engines/union.py, pattern.py]' --blocks '[dense, window]'
 
 The second breaks what blocks share, and tries it on some of them.
 
@@ -39,7 +39,7 @@ TESTS = Path(__file__).parent
 ZOO = TESTS.parent / "vision_attn"
 LIMIT = 1800  # seconds for what is not broken
 SURVIVED, NO_ANSWER = "SURVIVED", "no end in three times the time, or a crash"
-SHARED_TESTS = ["test_union.py", "test_patterns.py", "test_layers.py", "test_cache.py", "test_average.py"]
+SHARED_TESTS = [f"zoo/test_{name}.py" for name in ("union", "patterns", "layers", "cache", "average")]
 
 
 class Mutant(NamedTuple):
@@ -238,8 +238,8 @@ def failing_property(properties: list, cases: list) -> str:
 def failing_test(block: str | None) -> str:
     """Of the tests special to a block, or to what all share."""
     if block:
-        files = [f"test_special_{block}.py", "test_patterns.py", "test_cache.py", "test_zoo.py"]
-        names = ["-k", f"special or {block} or coverage or blind"]
+        files = [f"blocks/test_{block}.py", "zoo/test_patterns.py", "zoo/test_cache.py", "zoo/test_zoo.py"]
+        names = ["-k", f"{block} or coverage or blind"]
     else:
         files, names = SHARED_TESTS, []
     paths = [str(TESTS / file) for file in files if (TESTS / file).exists()]

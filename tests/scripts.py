@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(name):
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    """The script as a module; ``name`` is its path in the project, without ending."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

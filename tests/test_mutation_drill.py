@@ -49,9 +49,9 @@ def test_a_drill_lists_which_test_caught_what(tmp_path):
 
 def test_blocks_to_try_must_exist():
     with pytest.raises(ValueError, match=r"blocks=\['dense', 'windows'\]: there is no windows"):
-        drill(files=["union.py"], blocks=["dense", "windows"])
+        drill(files=["engines/union.py"], blocks=["dense", "windows"])
 
 
 def test_mutants_name_their_module():
-    assert Mutant("union.py", 1, "", "", "", "").module == "vision_attn.union"
-    assert Mutant("union.py", 1, "", "", "", "").block is None
+    assert Mutant("engines/union.py", 1, "", "", "", "").module == "vision_attn.engines.union"
+    assert Mutant("engines/union.py", 1, "", "", "", "").block is None

@@ -1,7 +1,5 @@
 """The scripts beside training: they do what their first lines say, and bad input gets one line and exit code 2."""
 
-import csv
-import math
 import runpy
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from training import checkpoint
 from training.datasets import Digits
 from training.report import mistakes, varied
 from training.trained import open_trained
-from vision_attn import create_block, describe, list_blocks
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,120 +104,6 @@ def test_what_cannot_be_drawn_is_said(trained, tmp_path, capsys, more, said):
     assert script("show_attention")["main"](["--checkpoint", str(trained[0]), "--path", str(picture), *more]) == 2
     assert said in capsys.readouterr().err
     assert not picture.exists()
-
-
-def test_benchmark_writes_ratios(tmp_path):
-    path, run = tmp_path / "out" / "mixers.csv", script("benchmark")
-    run["benchmark"](sizes=((3, 5), (7, 5)), heads=4, channels=8, repeats=1, path=str(path), dense_limit=20)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("# python ")
-    rows = list(csv.DictReader(lines[1:]))
-    assert len(rows) == 2 * (len(list_blocks()) + sum(describe(name).causal for name in list_blocks()))
-    for row in rows:
-        measured = [value for name, value in row.items() if " " in name and value != "not run"]
-        assert len(measured) >= 4 and all(float(value) >= 0 for value in measured)
-        steps = getattr(create_block(row["block"], 32), "steps", ())
-        masked = row["height"] == "3" and bool(steps) and all(hasattr(step, "pattern") for step in steps)
-        assert (row["step: masked / block"] == "not run") != masked
-    assert path.with_suffix(".png").stat().st_size > 1000
-    growth = list(csv.DictReader(path.with_name("mixers-exponents.csv").read_text(encoding="utf-8").splitlines()[1:]))
-    assert len(growth) == len(rows) / 2
-    assert all(math.isfinite(float(row[f"{what}, exponent"])) for row in growth for what in ("time", "memory"))
-    with path.open("w", newline="", encoding="utf-8") as file:  # as if it had been stopped
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows[:-2])
-    run["benchmark"](sizes=((3, 5), (7, 5)), heads=4, channels=8, repeats=1, resume=str(path), dense_limit=20)
-    again = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()[1:]))
-    assert again[:-2] == rows[:-2] and len(again) == len(rows)
-    assert [row["block MiB"] for row in again] == [row["block MiB"] for row in rows]
-    path.with_suffix(".png").unlink()
-    run["benchmark"](sizes=((3, 5), (7, 5)), resume=str(path))  # nothing is left to measure
-    assert path.with_suffix(".png").stat().st_size > 1000 and len(path.read_text().splitlines()) == len(lines)
-
-
-def test_benchmark_runs_attention_alone_where_that_is_all():
-    benchmark = script("benchmark")
-    mixers = [create_block(name, 96) for name in list_blocks() if describe(name).kind == "mixer"]
-    whole = {type(made).__module__.rpartition(".")[2] for made in mixers if benchmark["runs_whole"](made)}
-    assert whole == {"star", "residual_logits"}
-
-
-def test_benchmark_tells_from_which_size_a_block_wins():
-    def row(block, side, ms):
-        return {"block": block, "options": "", "height": side, "width": side, "step ms": ms, "block MiB": 1}
-
-    dense = [row("dense", side, side**4) for side in (2, 3, 5, 7)]
-    linear = [row("linear", side, 11 * side**2) for side in (2, 3, 5, 7)]
-    slow = [row("slow", side, 9 * side**4) for side in (2, 3, 5, 7)]
-    found = {each["block"]: each for each in script("benchmark")["growth"]([*dense, *linear, *slow])}
-    assert [found[n]["time: wins from"] for n in ("dense", "linear", "slow")] == ["never", "5×5", "never"]
-    assert [found[n]["time, exponent"] for n in ("dense", "linear", "slow")] == ["2.00", "1.00", "2.00"]
-    assert found["linear"]["time: dense / block at the largest"] == f"{7**2 / 11:.2f}"
-
-
-def test_benchmark_fits_exponents():
-    exponent = script("benchmark")["exponent"]
-    assert exponent([1, 10, 1000], [7, 70, 7000]) == pytest.approx(1)
-    assert exponent([2, 3, 5], [4 * 3, 9 * 3, 25 * 3]) == pytest.approx(2)
-
-
-def test_exported_models_are_timed_and_failures_said(tmp_path):
-    """Also by a run that goes on; without a compiler."""
-    path, run = tmp_path / "speed.csv", script("benchmark_onnx")
-
-    def no_compiler(model, images, threads):
-        raise RuntimeError("no\ncompiler")
-
-    run["ROUTES"]["compiled"] = "compile", no_compiler
-    options = dict(models=["cifar_resnet20"], image_size=32, rounds=1)
-    run["benchmark"](**options, blocks=[], path=str(path))
-    stopped = path.read_text(encoding="utf-8").splitlines()
-    run["benchmark"](**options, blocks=["cbam"], resume=str(path))
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("# python ") and lines[1:3] == stopped[1:]
-    rows = list(csv.DictReader(lines[1:]))
-    assert [row["model"] for row in rows] == ["cifar_resnet20", "cifar_resnet20_cbam"]
-    assert rows[0]["parameters"] == "269722" < rows[1]["parameters"]
-    for row in rows:
-        assert row["compiled ms"] == "failed: RuntimeError: no compiler" and row["eager / compiled"] == "not run"
-        ratio = float(row["eager ms"]) / float(row["onnxruntime ms"])
-        assert float(row["eager / onnxruntime"]) == pytest.approx(ratio, rel=0.05)
-        assert 0 < float(row["export: largest difference"]) < 1e-4
-    with pytest.raises(ValueError, match="resnet18_nope"):
-        run["benchmark"](models=["resnet18"], blocks=["nope"])
-
-
-def test_simple_models_of_digits_are_counts():
-    """Of every pixel: near the entropy of its values, averaged."""
-    simple = script("benchmark_pixels")["simple_models"]()
-    train, test = (np.stack([np.asarray(image) for image, _ in Digits(train=one, raw=True)]) for one in (True, False))
-    bits = []
-    for y in range(8):
-        for x in range(8):
-            share = (np.bincount(train[:, y, x], minlength=17) + 1) / (len(train) + 17)
-            bits.append(-np.log2(share[test[:, y, x]]).mean())
-    assert simple["per-pixel marginal"] == pytest.approx(np.mean(bits), rel=1e-5)
-    assert 2 < simple["left bigram"] < simple["per-pixel marginal"] - 0.1
-
-
-def test_training_steps_are_compared(tmp_path):
-    path = tmp_path / "step.csv"
-    script("benchmark_pixels")["step"](depth=1, dim=48, heads=3, repeats=1, path=str(path))
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = {row["model"]: row for row in csv.DictReader(lines[1:])}
-    assert rows["dense"]["model: dense / this"] == rows["dense"]["attention: dense / this"] == "1.00"
-    assert all(float(row[f"{what} ms"]) > 0 for row in rows.values() for what in ("model", "attention"))
-
-
-@pytest.mark.slow
-def test_sampling_is_timed_with_every_cache(tmp_path):
-    path = tmp_path / "sampling.csv"
-    script("benchmark_pixels")["sampling"](batches=(1,), depth=1, dim=48, heads=3, path=str(path))
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()[1:]))
-    assert {row["cache"] for row in rows} == {"none", "full", "pattern"}
-    held = {(row["model"], row["cache"]): float(row["cache MiB"]) for row in rows}
-    assert held["linear, recurrent", "pattern"] < held["fixed c=8", "pattern"] < held["fixed c=8", "full"]
 
 
 def test_a_report_has_everything_in_one_file(trained, tmp_path, capsys):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .flash import Cpu, Cuda, agrees
+from .engines.flash import Cpu, Cuda, agrees
 from .grid import Grid
 from .pattern import BlindSpot
 from .zoo import create_block, describe, list_blocks

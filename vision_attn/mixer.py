@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from . import check
-from .cache import PatternCache, RemixedPast
+from .engines.cache import PatternCache, RemixedPast
+from .engines.union import attend
 from .grid import Grid
 from .leaf import Leaf
 from .pattern import BlindSpot, Pattern, blind_spot
 from .precision import weight_of
 from .traced import fixed
-from .union import attend
 
 
 class Mixer(Leaf):

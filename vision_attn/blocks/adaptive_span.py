@@ -36,13 +36,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import check
-from ..cache import Store
+from ..engines.cache import Store
+from ..engines.union import attend
 from ..grid import Grid
 from ..key_set import Everything, Only
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Past, Pattern, Window
 from ..precision import at_least_float32, weight_of
-from ..union import attend
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ from einops import rearrange
 from torch import nn
 
 from .. import check
+from ..engines.union import attend
 from ..mixer import PatternMixer, Sequence
 from ..pattern import Column, Row
 from ..precision import at_least_float32
-from ..union import attend
 
 
 class Along(PatternMixer):

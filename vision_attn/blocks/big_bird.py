@@ -37,13 +37,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .. import check
+from ..engines.union import flash
 from ..grid import Grid
 from ..key_set import Everything, Only, Tiles, rows_and_columns
 from ..mixer import PatternMixer, warn_of_blind_spot
 from ..pattern import Directed, Global, Past, PerHead
 from ..precision import is_slow, outside_autocast
 from ..traced import least
-from ..union import flash
 
 ROWS = 256  # tiles with draws of their own
 BITS = 20  # of a random number

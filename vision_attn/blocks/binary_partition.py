@@ -40,7 +40,8 @@ updates from their leaves, with embeddings for the kinds of edges). The paper lo
 from dataclasses import dataclass
 
 from .. import check
-from ..pyramid import AllCells, Cells, Pyramid, PyramidMixer
+from ..engines.cells import AllCells, Cells
+from ..pyramid import Pyramid, PyramidMixer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ Deviations: heads are of the authors' code (the paper: one). The residual is the
 from torch import nn
 
 from .. import check
-from ..kernel import attend
+from ..engines.kernel import attend
 from ..mixer import Mixer
 from ..precision import at_least_float32
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import check
-from ..kernel import Recurrence, attend, attend_past, state
+from ..engines.kernel import Recurrence, attend, attend_past, state
 from ..mixer import Mixer
 from ..pattern import Past
 from ..precision import at_least_float32, weight_of

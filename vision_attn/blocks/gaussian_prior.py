@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import check
-from ..cache import PatternCache
+from ..engines.cache import PatternCache
+from ..engines.union import attend
 from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import All, Past
 from ..precision import at_least_float32, outside_autocast, weight_of
-from ..union import attend
 
 
 class Block(Mixer):

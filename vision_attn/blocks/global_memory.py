@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import check
+from ..engines.union import attend
 from ..mixer import Mixer
 from ..pattern import Tile
-from ..union import attend
 
 
 class Block(Mixer):

@@ -14,7 +14,7 @@ Deviations: no ε in the quotient, whose divisor is a sum of positive numbers. S
 import torch
 
 from .. import check
-from ..kernel import Recurrence, attend, attend_past, normalised, state, with_ones
+from ..engines.kernel import Recurrence, attend, attend_past, normalised, state, with_ones
 from ..mixer import Mixer
 from ..precision import at_least_float32, weight_of
 

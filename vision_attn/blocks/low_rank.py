@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import check
-from ..kernel import Recurrence, normalised, state, with_ones
+from ..engines.kernel import Recurrence, normalised, state, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
 from ..precision import at_least_float32, outside_autocast, weight_of

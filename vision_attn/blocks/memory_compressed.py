@@ -33,7 +33,7 @@ from einops import rearrange
 from torch import nn
 
 from .. import check
-from ..by_rows import in_chunks
+from ..engines.by_rows import in_chunks
 from ..key_set import Tiles, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Directed, complete

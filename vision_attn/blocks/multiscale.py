@@ -28,7 +28,8 @@ Deviations: cells are means of keys and values (the paper's coarse tokens are ma
 from dataclasses import dataclass
 
 from .. import check
-from ..pyramid import Cells, Pyramid, PyramidMixer
+from ..engines.cells import Cells
+from ..pyramid import Pyramid, PyramidMixer
 
 
 @dataclass(frozen=True)

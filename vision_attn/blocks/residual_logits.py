@@ -26,7 +26,7 @@ import torch
 from einops import rearrange
 
 from .. import check
-from ..cache import PatternCache
+from ..engines.cache import PatternCache
 from ..grid import Grid
 from ..mixer import PatternMixer, Sequence
 from ..pattern import All, Past

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import by_rows, check
+from .. import check
+from ..engines import by_rows
 from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import Past

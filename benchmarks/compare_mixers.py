@@ -1,0 +1,227 @@
+"""Every mixer in the same small ViT, trained alike: accuracy beside time, memory and operations.
+
+    python benchmarks/compare_mixers.py --dir DATA_DIR
+    python benchmarks/compare_mixers.py --mixers '[dense, linear]' --data '[digits]' --epochs 1 --seeds 1
+
+vit_tiny_patch4_32 at width 96, that is 8×8 tokens and a class token, on digits and on the first 10,000 images of
+CIFAR-10; one recipe and one number of steps for all. What is compared is what a mixer learns from little, not the best
+it can do. A call that was stopped goes on where it stood. Writes a CSV after every run, and in the end a picture and a
+plain text beside it; steps are timed before the first run, all mixers taking turns.
+"""
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import warnings
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from jsonargparse import auto_cli
+
+import backbones  # noqa: F401  registers the named models
+from training import checkpoint
+from training.log import read_rows, write_rows
+from training.results import write
+from vision_attn import describe, list_blocks
+from vision_attn.cost import flops, parameters, peak_memory, times
+
+ROOT = Path(__file__).parents[1]
+MODEL, BATCH = "vit_tiny_patch4_32", 16  # small: the same images make more steps
+RECIPE = f"--batch-size {BATCH} --optim.name adamw --optim.lr 1e-3 --optim.weight-decay 0.05 --optim.warmup-epochs 1"
+RECIPE = f"{RECIPE} --optim.clip-grad 1.0 --augment.crop pad --save-every 500".split()
+DATA = {"digits": [], "cifar10": ["--augment.hflip", "0.5"]}
+IMAGES = {"digits": 1_437, "cifar10": 10_000}  # to train on, the first ones
+EPOCHS = {"digits": 10, "cifar10": 3}
+# Where the defaults are for larger images: at 8×8 they see all, or nearly all
+AT_8X8 = {
+    "adaptive_span": {"span": 3},
+    "big_bird": {"tile": 2, "drawn": 1, "tokens": 2},
+    "dilated": {"kernel_size": 3},
+    "fixed": {"c": 2},
+    "global_memory": {"chunk": 4},
+    "global_tokens": {"kernel_size": 3, "tokens": 4},
+    "hand_crafted": {"num_heads": 6},  # one for each of its patterns
+    "interlaced_sparse": {"factor": 4},
+    "linformer": {"rank": 4, "length": 8},
+    "longformer": {"kernel_size": 3, "tokens": 4},
+}
+
+
+def step_costs(mixers: dict[str, dict], device: str, repeats: int) -> list[dict]:
+    """Parameters, operations, time and memory of each model; a step is forward + backward of a batch."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(BATCH, 3, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)
+    models = {mixer: timm.create_model(f"{MODEL}_{mixer}", **args).to(device) for mixer, args in mixers.items()}
+
+    def step(model):
+        loss = F.cross_entropy(model(images), labels)
+        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    calls = {mixer: (lambda model=model: step(model)) for mixer, model in models.items()}
+    for call in calls.values():
+        call()
+    taken = times(calls, device, least=repeats)
+    return [
+        {
+            "mixer": mixer,
+            "parameters": parameters(model),
+            "step ms": round(statistics.median(taken[mixer]), 1),
+            "step MiB": round(peak_memory(calls[mixer], device), 1),
+            "MFLOP of an image": round(flops(model.eval(), images[:1]) / 1e6, 2),
+        }
+        for mixer, model in models.items()
+    ]
+
+
+def compare(
+    mixers: list[str] | None = None,
+    data: list[Literal["digits", "cifar10"]] | None = None,
+    dir: str | None = None,
+    epochs: int | None = None,
+    seeds: int = 2,
+    depth: int = 2,
+    options: dict[str, dict] = AT_8X8,
+    repeats: int = 5,
+    device: str = "cpu",
+    threads: int = 1,
+    runs: str = "runs/mixers",
+    path: str | None = None,
+) -> None:
+    """Trains every mixer with every seed on every data set, and writes what came out.
+
+    Args:
+        mixers: names; null: all.
+        data: digits, cifar10 or both; null: digits, and cifar10 if dir is given.
+        dir: root of CIFAR-10.
+        epochs: of each run; null: 10 of digits, 3 of CIFAR-10.
+        seeds: runs of each mixer.
+        depth: layers of the ViT.
+        options: of mixers, by name.
+        repeats: timed steps of each; the median counts.
+        device: cpu or cuda.
+        threads: of torch.
+        runs: folder for the runs.
+        path: CSV to write; null names it by machine and date under results/.
+    """
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    data = data or ["digits", *(["cifar10"] if dir else [])]
+    if "cifar10" in data and dir is None:
+        raise ValueError("dir=None: must be the root of CIFAR-10 for data=cifar10")
+    mixers = mixers or [name for name in list_blocks() if describe(name).kind == "mixer"]
+    size = dict(embed_dim=96, depth=depth, num_classes=10)
+    made = {mixer: size | {"attn_kwargs": options.get(mixer, {})} for mixer in mixers}
+    costs = Path(runs, f"steps-{mark(made, BATCH, device, threads)}.csv")
+    if not costs.exists():
+        costs.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(costs, step_costs(made, device, repeats))
+    known = {row["mixer"]: row for row in read_rows(costs)}
+    found: dict[tuple[str, str], list[float]] = {}
+    for seed, name, mixer in product(range(seeds), data, mixers):
+        length = epochs or EPOCHS[name]
+        words = ["--model.name", f"{MODEL}_{mixer}", "--model.args", json.dumps(made[mixer]), "--data.name", name]
+        words += ["--data.train-images", IMAGES[name], *RECIPE, *DATA[name], "--device", device]
+        words += ["--epochs", length, "--seed", seed, "--threads", threads]
+        output = Path(runs, f"{name}-{mixer}-{seed}-{mark(words)}")
+        words += ["--output", output, "--resume", "auto", *(["--data.dir", dir] if name == "cifar10" else [])]
+        top1 = trained(list(map(str, words)), output, length)
+        if top1 is None:  # it was stopped, so stop
+            break
+        found.setdefault((name, mixer), []).append(top1)
+        rows = table(found, known, made, epochs)
+        path = write(path, "mixer-accuracy", rows, device)
+    if found:
+        path.with_suffix(".txt").write_text(text(rows), encoding="utf-8")
+        picture(rows, path.with_suffix(".png"))
+
+
+def mark(*asked) -> str:
+    """Eight letters that change with anything that is asked for: what was made otherwise is not taken for it."""
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+
+
+def trained(words: list[str], output: Path, epochs: int) -> float | None:
+    """Top-1 accuracy after the last epoch, of a run that may be done already; NaN if it diverged, None if stopped."""
+    last = output / "last.pt"
+    if not last.exists() or checkpoint.load(last)["epoch"] < epochs:
+        done = subprocess.run([sys.executable, ROOT / "train_imagenet.py", *words])
+        if done.returncode == 1:  # its loss was not finite
+            return float("nan")
+        done.check_returncode()
+    saved = checkpoint.load(last)
+    return saved["history"][-1]["top1"] if saved["epoch"] >= epochs else None
+
+
+def table(found: dict, known: dict, made: dict, epochs: int | None) -> list[dict]:
+    """What is there so far, by data set and accuracy."""
+    rows = []
+    for (name, mixer), top1 in found.items():
+        options = " ".join(f"{option}={value}" for option, value in made[mixer]["attn_kwargs"].items())
+        row = {"mixer": mixer, "options": options, "depth": made[mixer]["depth"], "data": name, "images": IMAGES[name]}
+        row |= {"epochs": epochs or EPOCHS[name], "seeds": len(top1)}
+        row |= {"top-1 %": f"{statistics.mean(top1):.2f}", "spread": f"{max(top1) - min(top1):.2f}"}
+        rows.append(row | {column: value for column, value in known[mixer].items() if column != "mixer"})
+    return sorted(rows, key=lambda row: (row["data"], row["top-1 %"] == "nan", -float(row["top-1 %"])))
+
+
+def text(rows: list[dict]) -> str:
+    """The table in aligned columns."""
+    widths = [max(len(str(row[column])) for row in [*rows, dict(zip(rows[0], rows[0]))]) for column in rows[0]]
+    lines = [
+        "  ".join(
+            f"{cell!s:{'<' if place in (0, 1, 3) else '>'}{width}}"
+            for place, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in [rows[0], *(row.values() for row in rows)]
+    ]
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def picture(rows: list[dict], target: Path) -> None:
+    """Accuracy against the time of a step, a panel for each data set; the area of a point is the memory of a step."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["top-1 %"] != "nan"]  # which diverged
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    if not rows:
+        return
+    figure = Figure(figsize=(11, 7 * len(names)), dpi=120, layout="constrained")
+    figure.supxlabel(
+        "area: peak memory of a step; bars: from the lowest run to the highest, about the mean", fontsize=9
+    )
+    panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
+    for axis, name in zip(panels, names):
+        some = [row for row in rows if row["data"] == name]
+        x, y, spread, memory = ([float(row[c]) for row in some] for c in ("step ms", "top-1 %", "spread", "step MiB"))
+        colors = ["tab:red" if row["mixer"] == "dense" else "tab:blue" for row in some]
+        axis.errorbar(x, y, [s / 2 for s in spread], fmt="none", ecolor="0.75", linewidth=1, zorder=1)
+        axis.scatter(x, y, [200 * m / max(memory) for m in memory], colors, alpha=0.6, linewidth=0, zorder=2)
+        axis.set(xscale="log", xlabel=f"forward + backward of {BATCH} images, ms", ylabel="top-1, %")
+        axis.set_title(f"{name}, {rows[0]['depth']} layers, {some[0]['epochs']} epochs, {some[0]['seeds']} runs each")
+        ticks = [n * 10**power for power in range(6) for n in (1, 1.5, 2, 3, 5, 7)]
+        axis.set_xticks([t for t in ticks if min(x) / 1.3 < t < 1.3 * max(x)], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(0.1)
+        axis.grid(alpha=0.3)
+        label(axis, x, y, [row["mixer"] for row in some], colors)
+    figure.savefig(target)
+
+
+def label(axis, x: list[float], y: list[float], texts: list[str], colors: list[str]) -> None:
+    """Names beside the points, moved until none hides another."""
+    from adjustText import adjust_text
+
+    notes = [axis.text(*at, text, fontsize=8, color=color) for *at, text, color in zip(x, y, texts, colors)]
+    line = dict(arrowstyle="-", color="0.6", linewidth=0.6)
+    adjust_text(notes, x, y, ax=axis, expand=(1.15, 1.5), force_text=(0.3, 0.5), iter_lim=2000, arrowprops=line)
+
+
+if __name__ == "__main__":
+    sys.exit(auto_cli(compare))

@@ -1,0 +1,508 @@
+"""`backbones.export_onnx`: one file that gives the model's answers at any size, or an error and no file."""
+
+import copy
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import GATES, OFTEN, alive, every_block
+from torch import nn
+from torch.nn.utils import prune
+
+import backbones
+from backbones.export import describe_export
+from vision_attn import list_blocks
+
+ROOT = Path(__file__).parents[2]
+SIZES = [(1, 40, 28), (3, 52, 44), (2, 4, 60)]  # not among those that export_onnx itself tries
+
+
+def vit(block, **args):
+    return timm.create_model(f"vit_tiny_patch4_32_{block}", **{"depth": 1, "num_classes": 7, **args})
+
+
+def resnet(block, **args):
+    return timm.create_model(f"cifar_resnet20_{block}", **{"num_classes": 7, "attn_at": "layer3.2", **args})
+
+
+def assert_same_answers(model, path, sizes=SIZES, channels=3):
+    """The file against the model, in onnxruntime and without the code under test."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch, *size in sizes:
+        x = torch.randn(batch, channels, *size)
+        (got,) = session.run(None, {"image": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-4, atol=1e-5)
+
+
+def shape_of_input(path):
+    """Of the graph's input; a name where it is free."""
+    dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    return [dim.dim_param or dim.dim_value for dim in dims]
+
+
+# Right graphs
+
+
+def hosts_of_blocks():
+    """Every block in a ViT; in a ResNet, which takes longer, a few."""
+    for block in list_blocks():
+        yield pytest.param(vit, dict(dynamic_img_size=True), block, id=f"vit-{block}")
+        marks = () if block in OFTEN else pytest.mark.slow
+        yield pytest.param(resnet, {}, block, id=f"resnet-{block}", marks=marks)
+
+
+@pytest.mark.parametrize("make, args, block", list(hosts_of_blocks()))
+def test_every_block_exports_for_any_size(tmp_path, make, args, block):
+    model = alive(make(block, **args)).eval()
+    errors = backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36))
+    assert len(errors) == 6 and all(0 <= error < 1e-4 for error in errors.values())
+    assert all(height != 28 and width != 36 for _, height, width in list(errors)[1:])
+    assert {(28, 36)}.isdisjoint(size[1:] for size in errors) and len({batch for batch, *_ in errors}) > 2
+    assert shape_of_input(tmp_path / "m.onnx") == ["batch", 3, "height", "width"]
+    assert_same_answers(model, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("block", ["adaptive_span", "global_local"])
+def test_one_tile_when_traced_may_be_several(tmp_path, block):
+    """What torch then says of shapes is wrong, and onnxruntime must not believe it."""
+    model = alive(vit(block, dynamic_img_size=True)).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(20, 28))
+    assert_same_answers(model, tmp_path / "m.onnx", [(1, 36, 44), (2, 68, 20)])
+
+
+@pytest.mark.slow
+@every_block
+@pytest.mark.parametrize("gains", ["new", "trained"])
+def test_every_block_in_its_usual_places(tmp_path, block, gains):
+    for name, args in (("resnet18", {}), ("vit_tiny_patch4_32", dict(depth=2, dynamic_img_size=True))):
+        model = timm.create_model(f"{name}_{block}", num_classes=7, **args).eval()
+        if gains == "trained":
+            alive(model).eval()
+        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(64, 96))
+        assert_same_answers(model, tmp_path / "m.onnx", [(1, 40, 100), (3, 132, 44)])
+
+
+@pytest.mark.slow
+@every_block
+def test_layers_inserted_in_a_window_attention_export(tmp_path, block):
+    args = dict(img_size=56, depths=(1, 1), embed_dim=48, num_heads=(3, 6))
+    model = timm.create_model("swin_tiny_patch4_window7_224", **args)
+    alive(backbones.insert(model, block)).eval()
+    assert set(backbones.export_onnx(model, tmp_path / "m.onnx")) == {(b, 56, 56) for b in (1, 3, 4, 5, 7, 8)}
+
+
+def test_a_vit_of_one_size_exports_for_any_batch(tmp_path):
+    model = alive(vit("dense", img_size=(20, 28))).eval()
+    errors = backbones.export_onnx(model, tmp_path / "m.onnx", dynamic=True)
+    assert {size[1:] for size in errors} == {(20, 28)} and len(errors) == 6 and 2 not in {size[0] for size in errors}
+    free, *fixed = shape_of_input(tmp_path / "m.onnx")
+    assert isinstance(free, str) and fixed == [3, 20, 28]
+    assert_same_answers(model, tmp_path / "m.onnx", [(2, 20, 28), (11, 20, 28)])
+
+
+def test_one_size_on_request(tmp_path):
+    model = alive(resnet("dense", in_chans=1)).eval()
+    errors = backbones.export_onnx(model, str(tmp_path / "new" / "folder" / "m.onnx"), image_size=23, dynamic=False)
+    assert {size[1:] for size in errors} == {(23, 23)}
+    free, *fixed = shape_of_input(tmp_path / "new/folder/m.onnx")
+    assert isinstance(free, str) and fixed == [1, 23, 23]
+    assert_same_answers(model, tmp_path / "new/folder/m.onnx", [(2, 23, 23)], channels=1)
+
+
+@pytest.mark.parametrize("opset", [18, 20, 23])
+def test_opsets(tmp_path, opset):
+    model = alive(vit("dense", dynamic_img_size=True)).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", opset=opset)
+    written = onnx.load(tmp_path / "m.onnx")
+    assert {one.domain: one.version for one in written.opset_import}[""] == opset
+    assert (opset == 23) == any(node.op_type == "Attention" for node in written.graph.node)
+    assert_same_answers(model, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("opset, error, said", [(99, ValueError, "opset=99: .* wrote"), (27, Exception, "opset|load")])
+def test_an_opset_that_is_not_known_leaves_no_file(tmp_path, opset, error, said):
+    with pytest.raises(error, match=said) as failure:
+        backbones.export_onnx(nn.Conv2d(3, 5, 3), tmp_path / "m.onnx", image_size=29, opset=opset)
+    assert isinstance(failure.value, (ValueError, backbones.ExportError)) and not list(tmp_path.iterdir())
+
+
+def test_a_new_layer_is_exported_as_it_is_and_the_model_is_left_alone(tmp_path):
+    """Random gains are for the check alone."""
+    model = resnet("dense").train()
+    model.fc.eval()
+    before, modes = copy.deepcopy(model.state_dict()), {m: m.training for m in model.modules()}
+    backbones.export_onnx(model, tmp_path / "m.onnx")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert {m: m.training for m in model.modules()} == modes and all(p.grad is None for p in model.parameters())
+    assert_same_answers(copy.deepcopy(model).eval(), tmp_path / "m.onnx")
+
+
+def test_one_file_with_the_weights_in_it(tmp_path):
+    model = alive(vit("dense")).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").stat().st_size > sum(4 * p.numel() for p in model.parameters())
+    weights = onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.initializer
+    assert not any(weight.external_data for weight in weights)
+
+
+# Several outputs
+
+
+def assert_outputs(model, path, names, sizes=SIZES):
+    """Of a model that gives a flat dict or list of tensors."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == names
+    assert {output.shape[0] for output in session.get_outputs()} == {"batch"}
+    for batch, *size in sizes:
+        x = torch.randn(batch, 3, *size)
+        wanted = model(x)
+        wanted = wanted.values() if isinstance(wanted, dict) else wanted
+        for got, right in zip(session.run(names, {"image": x.numpy()}), wanted, strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_list_of_features(tmp_path):
+    model = timm.create_model("test_resnet", features_only=True, out_indices=(1, 2, 4))
+    alive(backbones.insert(model, GATES[0], "layer1")).eval()
+    errors = backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(36, 44))
+    assert len(errors) == 6 and max(errors.values()) < 1e-4
+    assert_outputs(model, tmp_path / "m.onnx", ["output_0", "output_1", "output_2"])
+
+
+def segmentation(aux):
+    features = torchvision.models.resnet18(weights=None)
+    layers = {"layer4": "out", "layer3": "aux"} if aux else {"layer4": "out"}
+    heads = torchvision.models.segmentation.fcn
+    backbone = torchvision.models._utils.IntermediateLayerGetter(features, layers)
+    return heads.FCN(backbone, heads.FCNHead(512, 5), heads.FCNHead(256, 5) if aux else None)
+
+
+@pytest.mark.parametrize("aux", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_dict_of_segmentations(tmp_path, aux):
+    model = alive(backbones.insert(segmentation(aux), GATES[0], "backbone.layer2", input_size=(3, 64, 64))).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(45, 61))
+    assert_outputs(model, tmp_path / "m.onnx", ["out", "aux"] if aux else ["out"])
+
+
+@pytest.mark.slow
+def test_torchvisions_segmentation_model(tmp_path):
+    model = torchvision.models.segmentation.fcn_resnet50(
+        weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+    )
+    alive(backbones.insert(model, GATES[0], "backbone.layer3", input_size=(3, 64, 64))).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(45, 61))
+    assert_outputs(model, tmp_path / "m.onnx", ["out", "aux"])
+
+
+class Several(nn.Module):
+    """A small network that gives ``outputs(features)``."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.conv, self.outputs = nn.Conv2d(3, 5, 3, padding=1), outputs
+
+    def forward(self, x):
+        return self.outputs(self.conv(x))
+
+
+def test_outputs_inside_outputs(tmp_path):
+    def outputs(x):
+        return {"maps": (x, [x.relu(), x.mean((2, 3))]), "labels": x.argmax(1), "7": x.exp()}
+
+    model = Several(outputs).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(29, 31))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    names = ["maps_0", "maps_1_0", "maps_1_1", "labels", "output_7"]
+    assert [output.name for output in session.get_outputs()] == names
+    x = torch.randn(3, 3, 17, 23)
+    maps, labels, exp = model(x).values()
+    for got, right in zip(session.run(names, {"image": x.numpy()}), (maps[0], *maps[1], labels, exp), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_that_is_called_as_the_input_is_goes_by_another_name(tmp_path):
+    """As in networks that restore an image."""
+    model = Several(lambda x: {"image": x.exp(), "depth": {"image": x.mean(1)}}).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(29, 31))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["output_image", "depth_image"]
+    x = torch.randn(3, 3, 17, 23)
+    given = model(x)
+    for got, right in zip(session.run(None, {"image": x.numpy()}), (given["image"], given["depth"]["image"])):
+        torch.testing.assert_close(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5)
+
+
+def test_every_output_is_compared(tmp_path):
+    def outputs(x):
+        return x, x * int((x.shape[2] * x.shape[3]) ** 0.5)
+
+    with pytest.raises(backbones.ExportError, match="differs from PyTorch by .* in output_1"):
+        backbones.export_onnx(Several(outputs).eval(), tmp_path / "m.onnx", image_size=(29, 31))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "output, said", [("a word", "str as output"), ({"a": 3}, "int as a"), ([None], "NoneType as output_0")]
+)
+def test_what_is_no_tensor_is_named(tmp_path, output, said):
+    with pytest.raises(ValueError, match=f"model: gives {said}, must give nothing but tensors"):
+        backbones.export_onnx(Several(lambda x: output).eval(), tmp_path / "m.onnx", image_size=29)
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="model: gives two tensors that would both be called maps_0"):
+        backbones.export_onnx(Several(lambda x: {"maps": [x], "maps_0": x}).eval(), tmp_path / "m.onnx", image_size=29)
+
+
+def detector():
+    backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    return torchvision.models.detection.FasterRCNN(backbone, num_classes=5)
+
+
+def test_a_detector_is_refused_in_a_line(tmp_path):
+    with pytest.raises(ValueError, match=r"model=FasterRCNN: gives 3 tensors for one image and 6 for two.*backbone\)$"):
+        backbones.export_onnx(detector(), tmp_path / "m.onnx", image_size=64)
+
+
+@pytest.mark.slow
+def test_the_backbone_of_a_detector(tmp_path):
+    backbone = detector().backbone
+    alive(backbones.insert(backbone, GATES[0], "body.layer2", input_size=(3, 64, 64))).eval()
+    backbones.export_onnx(backbone, tmp_path / "m.onnx", image_size=(64, 96))
+    assert_outputs(backbone, tmp_path / "m.onnx", ["output_0", "output_1", "output_2", "output_3", "pool"])
+
+
+def test_a_pruned_model_says_what_to_do_first(tmp_path):
+    model, x = Several(torch.relu).eval(), torch.randn(2, 3, 29, 31)
+    prune.l1_unstructured(model.conv, "weight", amount=0.3)
+    wanted = model(x)
+    with pytest.raises(ValueError, match=r"^model=Several: is pruned, .*prune.remove\(module, name\)$"):
+        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29)
+    prune.remove(model.conv, "weight")
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29)
+    assert torch.equal(model(x), wanted)
+    assert_same_answers(model, tmp_path / "m.onnx", [(2, 40, 28)])
+
+
+def test_what_torch_can_not_export_is_said_in_a_line(tmp_path):
+    def outputs(x):
+        return x if x.sum() > 0 else -x
+
+    with pytest.raises(backbones.ExportError, match="torch .* can't export Several: ") as failure:
+        backbones.export_onnx(Several(outputs).eval(), tmp_path / "m.onnx", image_size=29)
+    assert len(str(failure.value).splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def properties(path):
+    return {prop.key: json.loads(prop.value) for prop in onnx.load(path).metadata_props}
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    model = alive(resnet("cbam")).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36), metadata={"class_names": ["a", "b"]})
+    config = model.pretrained_cfg
+    assert properties(tmp_path / "m.onnx") == {
+        "model": "cifar_resnet20_cbam",
+        "blocks": ["cbam"],
+        "image_size": [28, 36],
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+        "interpolation": config["interpolation"],
+        "crop_pct": config["crop_pct"],
+        "num_classes": 7,
+        "vision_attn": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
+        "precision": "fp32",
+        "class_names": ["a", "b"],
+    }
+
+
+@every_block
+def test_the_file_names_its_block_and_not_what_it_is_made_of(block):
+    assert describe_export(resnet(block), (28, 36))["blocks"] == [block]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make, args", [(resnet, {}), (vit, dict(dynamic_img_size=True))], ids=["resnet", "vit"])
+@pytest.mark.parametrize("precision, opset", [("fp16", 23), ("int8", 20)])
+@every_block
+def test_every_block_in_a_smaller_file(tmp_path, block, precision, opset, make, args):
+    """`export_onnx` compares the answers at six sizes."""
+    model = alive(make(block, **args)).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36), precision=precision, opset=opset)
+
+
+@pytest.mark.parametrize("precision, share, error", [("fp16", 0.7, 0.02), ("int8", 0.5, 0.2)])
+@pytest.mark.parametrize("make, args", [(resnet, {}), (vit, dict(dynamic_img_size=True))], ids=["resnet", "vit"])
+@pytest.mark.parametrize("block", ["cbam", "criss_cross"])
+def test_smaller_files_keep_the_answers(tmp_path, precision, share, error, make, args, block):
+    """cbam uses the weights of its perceptron twice, which onnxruntime's own quantiser turns around twice."""
+    model = alive(make(block, **args)).eval()
+    for name in ("fp32", precision):
+        backbones.export_onnx(model, tmp_path / f"{name}.onnx", image_size=(28, 36), precision=name)
+    sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in (precision, "fp32")]
+    assert sizes[0] < share * sizes[1]
+    session = onnxruntime.InferenceSession(tmp_path / f"{precision}.onnx", providers=["CPUExecutionProvider"])
+    for batch, *size in SIZES:
+        x = torch.randn(batch, 3, *size)
+        (got,), wanted = session.run(None, {"image": x.numpy()}), model(x)
+        assert got.dtype == np.float32
+        assert (torch.from_numpy(got) - wanted).abs().max() < error * wanted.abs().max()
+
+
+class Cubes(nn.Module):
+    """Layers that cube features, behind gains of zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gains = nn.Conv2d(3, 5, 3, padding=1), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        x = self.conv(x)
+        for gain in self.gains:
+            x = x + gain * x**3
+        return x
+
+
+def test_gains_for_the_check_let_no_answers_run_away(tmp_path):
+    torch.manual_seed(0)
+    errors = backbones.export_onnx(Cubes().eval(), tmp_path / "m.onnx", image_size=(29, 31))
+    assert all(error < 1e-4 for error in errors.values())
+
+
+# Wrong graphs
+
+
+class Wrong(nn.Module):
+    """A layer whose graph holds for the traced size alone, behind a gain."""
+
+    def __init__(self, gain=0.0, size=1.0):
+        super().__init__()
+        self.conv, self.gain, self.size = nn.Conv2d(3, 5, 3, padding=1), nn.Parameter(torch.full((1,), gain)), size
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.size * (x + self.gain * self.update(x))
+
+
+class RootOfSize(Wrong):
+    def update(self, x):
+        return x * int((x.shape[2] * x.shape[3]) ** 0.5) / 30
+
+
+class OddOrEven(Wrong):
+    def update(self, x):
+        return 2 * x if x.shape[2] % 2 else x
+
+
+class OwnPathForExport(Wrong):
+    def update(self, x):
+        return x / (29 if torch.compiler.is_exporting() else x.shape[2])
+
+
+class FixedPooling(Wrong):
+    def update(self, x):
+        return F.interpolate(F.adaptive_avg_pool2d(x, 2), size=x.shape[2:])
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+@pytest.mark.parametrize("wrong", [RootOfSize, OddOrEven, OwnPathForExport, FixedPooling])
+def test_a_wrong_graph_is_an_error_and_leaves_no_file(tmp_path, wrong, gain):
+    """Also where the layer's gain is still zero, so that the wrong part does not show in the output."""
+    model = wrong(gain).eval()
+    with pytest.raises(backbones.ExportError, match=r"at \(batch, height, width\) = .* onnxruntime"):
+        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(29, 31))
+    assert not list(tmp_path.iterdir())
+    assert model.gain.item() == gain
+
+
+def test_a_wrong_graph_of_small_outputs_is_an_error(tmp_path):
+    """As of a model that ends in a softmax over many classes."""
+    with pytest.raises(backbones.ExportError):
+        backbones.export_onnx(OddOrEven(0.5, size=1e-5), tmp_path / "m.onnx", image_size=(29, 31))
+
+
+def test_a_failed_export_keeps_what_was_there(tmp_path):
+    (tmp_path / "m.onnx").write_text("an earlier file")
+    with pytest.raises(backbones.ExportError):
+        backbones.export_onnx(OddOrEven(), tmp_path / "m.onnx", image_size=(29, 31))
+    assert (tmp_path / "m.onnx").read_text() == "an earlier file" and len(list(tmp_path.iterdir())) == 1
+
+
+# Bad arguments
+
+
+@pytest.mark.parametrize("opset", [17, 0, -1, "20", 20.0, None, True])
+def test_a_wrong_opset_is_named(tmp_path, opset):
+    with pytest.raises(ValueError, match=f"opset={opset!r}"):
+        backbones.export_onnx(resnet("dense"), tmp_path / "m.onnx", opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp64", "int4", None, 8])
+def test_a_wrong_precision_is_named(tmp_path, precision):
+    with pytest.raises(ValueError, match=f"precision={precision!r}: must be one of 'fp32', 'fp16', 'int8'"):
+        backbones.export_onnx(resnet("dense"), tmp_path / "m.onnx", precision=precision)
+    assert not list(tmp_path.iterdir())
+
+
+class Ones(Wrong):
+    """Wrong where a norm's weight is not 1."""
+
+    def __init__(self):
+        super().__init__(0.5)
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def update(self, x):
+        return x * (1 + self.weight.log() * int((x.shape[2] * x.shape[3]) ** 0.5))
+
+
+def test_a_wrong_graph_behind_a_new_norm_is_an_error(tmp_path):
+    with pytest.raises(backbones.ExportError):
+        backbones.export_onnx(Ones().eval(), tmp_path / "m.onnx", image_size=(29, 31), dynamic=True)
+
+
+class LayerScale(Wrong):
+    """Wrong where a gain for each channel is not nearly zero."""
+
+    def __init__(self):
+        super().__init__(0.5)
+        self.scale = nn.Parameter(torch.full((5, 1, 1), 1e-5))
+
+    def update(self, x):
+        return self.scale * x * int((x.shape[2] * x.shape[3]) ** 0.5)
+
+
+def test_a_wrong_graph_behind_a_small_gain_for_each_channel_is_an_error(tmp_path):
+    with pytest.raises(backbones.ExportError):
+        backbones.export_onnx(LayerScale().eval(), tmp_path / "m.onnx", image_size=(29, 31))
+
+
+def test_a_size_to_try_that_the_model_does_not_take_is_named(tmp_path):
+    model = Several(lambda x: F.avg_pool2d(x, 27)).eval()
+    with pytest.raises(ValueError, match=r"^image_size: .* 24×36, .*dynamic=False"):
+        backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29)
+    assert not list(tmp_path.iterdir())
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=29, dynamic=False)
+
+
+@pytest.mark.parametrize("size", [0, -32, (32,), (32, 0), (3, 32, 32), "32", "ab", 32.0, (32.0, 32)])
+def test_a_wrong_image_size_is_named(tmp_path, size):
+    with pytest.raises(ValueError, match="image_size="):
+        backbones.export_onnx(resnet("dense"), tmp_path / "m.onnx", image_size=size)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [30, (32, 33), (64, 32)])
+def test_an_image_size_that_the_model_does_not_take_is_named(tmp_path, size):
+    with pytest.raises(ValueError, match="image_size="):
+        backbones.export_onnx(vit("dense"), tmp_path / "m.onnx", image_size=size)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,82 @@
+"""The comparison of mixers: what it writes is what the runs and the models say, and what is done is not done again."""
+
+import csv
+import subprocess
+from itertools import combinations
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from scripts import load
+
+from training import checkpoint
+from vision_attn.cost import flops, parameters
+
+compare_mixers = load("benchmarks/compare_mixers")
+SMALL = dict(mixers=["window", "dense"], data=["digits"], epochs=1, seeds=1, depth=1, repeats=1)
+
+
+def test_two_mixers_are_compared_once(tmp_path, monkeypatch):
+    target, runs = tmp_path / "out" / "mixers.csv", tmp_path / "runs"
+    options = {"window": {"kernel_size": 3}}
+    compare_mixers.compare(**SMALL, options=options, runs=str(runs), path=str(target))
+    lines = target.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# python ")
+    rows = {row["mixer"]: row for row in csv.DictReader(lines[1:])}
+    assert set(rows) == {"dense", "window"}
+    for mixer, row in rows.items():
+        (run,) = runs.glob(f"digits-{mixer}-0-*")
+        saved = checkpoint.load(run / "last.pt")
+        assert saved["model_args"]["attn_kwargs"] == options.get(mixer, {}) and saved["epoch"] == 1
+        assert float(row["top-1 %"]) == pytest.approx(saved["metrics"]["top1"], abs=0.01)
+        model = timm.create_model(saved["model"], **saved["model_args"])
+        assert int(row["parameters"]) == parameters(model)
+        counted = flops(model, torch.zeros(1, 3, 32, 32)) / 1e6
+        assert float(row["MFLOP of an image"]) == pytest.approx(counted, rel=0.01)
+        assert saved["data"]["train_images"] == int(row["images"])
+        assert row["options"] == ("kernel_size=3" if mixer == "window" else "")
+        assert row["spread"] == "0.00" and float(row["step ms"]) > 0 and float(row["step MiB"]) > 1
+    text = target.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[0] for line in text] == ["mixer", *rows]
+    assert Image.open(target.with_suffix(".png")).size[0] > 1000
+
+    monkeypatch.setattr(subprocess, "run", None)  # nothing is left to train
+    monkeypatch.setattr(compare_mixers, "step_costs", None)
+    compare_mixers.compare(**SMALL, options=options, runs=str(runs), path=str(target))
+    assert target.read_text(encoding="utf-8").splitlines()[1:] == lines[1:]
+    with pytest.raises(TypeError):  # but what was made with other options is of no use
+        compare_mixers.compare(**SMALL, options={"window": {"kernel_size": 5}}, runs=str(runs), path=str(target))
+
+
+def test_cifar_needs_its_root():
+    with pytest.raises(ValueError, match="dir=None: must be the root of CIFAR-10"):
+        compare_mixers.compare(data=["cifar10"])
+
+
+def test_a_run_that_diverged_is_told_of_and_one_that_was_stopped_ends_the_call(tmp_path, monkeypatch):
+    for code, said in ((1, "nan"), (2, None)):
+        monkeypatch.setattr(subprocess, "run", lambda *_, code=code: subprocess.CompletedProcess([], code))
+        if said:
+            assert str(compare_mixers.trained([], tmp_path, 1)) == said
+        else:
+            with pytest.raises(subprocess.CalledProcessError):
+                compare_mixers.trained([], tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "load", lambda _: dict(epoch=1, history=[dict(top1=37.0), dict(top1=41.0)]))
+    (tmp_path / "last.pt").touch()
+    assert compare_mixers.trained([], tmp_path, 1) == 41.0
+    monkeypatch.setattr(subprocess, "run", lambda *_: subprocess.CompletedProcess([], 0))
+    assert compare_mixers.trained([], tmp_path, 2) is None
+
+
+def test_names_in_the_picture_do_not_hide_one_another():
+    from matplotlib.figure import Figure
+
+    axis = Figure(figsize=(9, 7), layout="constrained").subplots()
+    spots = [(1 + 0.02 * (i % 5), 1 + 0.03 * (i // 5)) for i in range(23)]
+    x, y = map(list, zip((0.5, 0.5), *spots, (2, 2)))
+    axis.scatter(x, y)
+    compare_mixers.label(axis, x, y, [f"a mixer {i}" for i in range(25)], ["black"] * 25)
+    boxes = [note.get_window_extent() for note in axis.texts if note.get_text()]  # lines to points are notes, too
+    assert len(boxes) == 25
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))

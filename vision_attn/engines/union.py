@@ -1,0 +1,166 @@
+"""Exact softmax attention over a union of disjoint key sets, without the N×N matrix.
+
+Everything, or all of the past, goes straight to `torch.nn.functional.scaled_dot_product_attention`, and so does any one
+key set, on folded views. Several are one flash call each, merged by their log-sum-exp, and so, on a CPU, is one whose
+groups share keys: it is folded a few images at a time, and anew in the backward. Where no kernel gives a log-sum-exp
+(`flash.kernel_for`), several share one softmax over concatenated scores. Time and memory grow with the pairs that are
+looked at.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from ..grid import Grid
+from ..key_set import Everything, KeySet, Only
+from ..pattern import All, Past, Pattern
+from ..precision import at_least_float32, is_slow, outside_autocast
+from ..traced import fixed, is_traced
+from .flash import BLOCKS, additive, by_launches, kernel_for, merged, opened
+
+
+def attend(
+    q: Float[Tensor, "B heads tokens dk"],
+    k: Float[Tensor, "B heads known dk"],
+    v: Float[Tensor, "B heads known dv"],
+    grid: Grid,
+    pattern: Pattern,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    bias: Float[Tensor, "#b #groups queries keys"] | None = None,
+) -> Float[Tensor, "B heads tokens dv"]:
+    """softmax over what ``pattern`` allows and the prefix tokens; prefix queries see all (causal: one another).
+
+    Without causality there may be more prefix tokens among the keys than among the queries. ``bias`` is added to the
+    scaled scores of the only key set, b = B · heads. Cost: (queries × keys looked at) · d.
+    """
+    if is_slow(v):  # and scores may pass the least float16, a mask
+        bias = None if bias is None else bias.float()
+        with outside_autocast(v):
+            out = attend(q.float(), k.float(), v.float(), grid, pattern, scale=scale, dropout=dropout, bias=bias)
+        return out.half()
+    prefix = grid.prefix_of(q.shape[2])
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave normalised queries and keys wider
+    if isinstance(pattern, All | Past) and bias is None:  # no folds: the prefix is in its place
+        out = flash(q, k, v, dropout_p=dropout, is_causal=pattern.causal, scale=scale)
+        if not pattern.causal:
+            return out
+        out = out[:, :, prefix:]
+    else:
+        shares = pattern.shares(q.shape[1])
+        heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
+        outs = [
+            _on_grid(*some, grid, part.key_sets(), scale, dropout, bias)
+            for part, share, some in zip(pattern.by_head(), shares, heads_of)
+            if share
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    if prefix == 0:
+        return out
+    k, v = (t[:, :, :prefix] if pattern.causal else t for t in (k, v))
+    return torch.cat([flash(q[:, :, :prefix], k, v, dropout_p=dropout, scale=scale), out], dim=2)
+
+
+def flash(
+    q: Float[Tensor, "B heads queries dk"],
+    k: Float[Tensor, "B heads keys dk"],
+    v: Float[Tensor, "B heads keys dv"],
+    **options,
+) -> Float[Tensor, "B heads queries dv"]:
+    """Torch's attention, with its ``options``, values being made as wide as wider keys: else it makes the N×N matrix.
+
+    It does so for narrower keys, whose products would cost more if they were widened.
+    """
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    width, wider = v.shape[-1], fixed(q.shape[-1] - v.shape[-1])
+    v = F.pad(v, (0, wider)) if wider > 0 else v
+    return _by_launches(q, k, v, **options)[..., :width]
+
+
+def _by_launches(q, k, v, attn_mask=None, **options):
+    """Torch's attention, of no more images and groups in a call than its kernels take on CUDA."""
+    if is_traced() or max(q.shape[:2]) <= BLOCKS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+    mask = None if attn_mask is None else attn_mask.expand(*q.shape[:2], -1, -1)
+
+    def call(q, k, v, mask):
+        return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options),)
+
+    return by_launches(call, q, k, v, mask)[0]
+
+
+def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
+    """Attention of the positions, without the prefix queries."""
+    heads, parts = q.shape[1], [t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in (q, k, v)]
+    maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for _, t in parts]
+    before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
+    kernel = kernel_for(*maps) if dropout == 0 and bias is None else None
+    anew = kernel and key_sets[0].overlap and q.device.type == "cpu"
+    if len(key_sets) == 1 and not anew:
+        out = _one_set(*maps, before, grid, *key_sets, scale, dropout, bias)
+    elif bias is not None:
+        raise ValueError(f"bias: takes one key set, got {len(key_sets)}")
+    elif kernel:
+        out = _merged(kernel, *maps, before, grid, key_sets, scale)
+    else:
+        out = _concatenated(*maps, before, grid, key_sets, scale, dropout)
+    return rearrange(out, "(B n) H W d -> B n (H W) d", n=heads)
+
+
+def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
+    q, k, v = keys.queries(q), keys.keys(k), keys.keys(v)
+    seen, causal, prefix = keys.mask(grid, q.device), keys.causal, fixed(before[0].shape[2])
+    if prefix:
+        seen, causal = _with_causal(keys, grid, q.device), False
+        seen = None if seen is None else F.pad(seen, (prefix, 0), value=True)
+        k, v = (torch.cat([p.expand(-1, t.shape[1], -1, -1), t], dim=2) for p, t in zip(before, (k, v)))
+        bias = None if bias is None else F.pad(bias, (prefix, 0))
+    mask = None if seen is None else additive(opened(seen), q.dtype)
+    if bias is not None:
+        mask = bias if mask is None else bias + mask
+    if mask is not None:
+        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
+    out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+    return keys.place(_of_seen(out, keys, seen), grid)
+
+
+def _merged(kernel, q, k, v, before, grid, key_sets, scale):
+    sets = [part for keys in key_sets for part in keys.parts(grid)]
+    masks = [keys.mask(grid, q.device) for keys in sets]
+    return merged(kernel, sets, masks, grid, scale, q, k, v, *before)
+
+
+def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
+    if q.dtype == torch.float16:  # whose range scores may leave
+        q, k, before = q.float(), k.float(), [before[0].float(), before[1]]
+    q = q * scale
+    scores, masks, prefix = [], [_with_causal(keys, grid, q.device) for keys in key_sets], fixed(before[0].shape[2])
+    if prefix:
+        scores.append(Everything().place(Everything().queries(q) @ before[0].transpose(-2, -1), grid))
+    for keys, mask in zip(key_sets, masks):
+        seen = keys.queries(q) @ keys.keys(k).transpose(-2, -1)
+        seen = seen if mask is None else seen + additive(mask, q.dtype)
+        scores.append(keys.place(seen, grid, torch.finfo(q.dtype).min))
+    weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=at_least_float32(q))
+    weights = F.dropout(weights.to(v.dtype), dropout).split([s.shape[-1] for s in scores], dim=-1)
+    outs = [keys.queries(w) @ keys.keys(v) for keys, w in zip(key_sets, weights[-len(key_sets) :])]
+    out = sum(keys.place(_of_seen(out, keys, mask), grid) for out, keys, mask in zip(outs, key_sets, masks))
+    if prefix:
+        out = out + Everything().place(Everything().queries(weights[0]) @ before[1], grid)
+    return out
+
+
+def _of_seen(out, keys: KeySet, mask):
+    """What queries take of a set: nothing where they see nothing. That may be so of composed sets alone."""
+    return out.masked_fill(~mask.any(dim=-1, keepdim=True), 0) if isinstance(keys, Only) else out
+
+
+def _with_causal(keys: KeySet, grid, device):
+    """The mask of a key set, its causality included."""
+    if not keys.causal:
+        return keys.mask(grid, device)
+    number, _ = keys.numbers(grid, device)
+    return torch.ones(1, number.shape[1], number.shape[1], dtype=torch.bool, device=device).tril()
