@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vision_attn import describe, list_blocks
-from vision_attn.mixer import PatternMixer
+from vision_attn import describe, list_blocks, route
 from vision_attn.testing import Case
 from vision_attn.testing.case import KINDS
 from vision_attn.zoo import block_class
@@ -128,7 +127,6 @@ def cases() -> list[Case]:
 
 CHOICES = {
     **{f"{kind}_case": applies for kind, applies in KINDS.items()},
-    "pattern_case": lambda case: case.is_mixer and any(isinstance(step, PatternMixer) for step in case.new().steps),
 }
 
 
@@ -146,6 +144,13 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(argument, chosen, ids=map(short_name, chosen))
     if "block_name" in metafunc.fixturenames:
         metafunc.parametrize("block_name", list_blocks())
+
+
+@pytest.fixture(autouse=True)
+def by_key_sets(request):
+    """Tests of the zoo run patterns by their key sets, as on large grids; `test_routes` compares all ways."""
+    with route("union" if request.path.parent.name in ("zoo", "blocks") else "auto"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Efficient attention for images: exact, tested, and ready to plug in."""
 
+from .engines.route import route
 from .gate import Gate
 from .grid import Grid
 from .layout import OnMap, OnTokens
@@ -21,5 +22,6 @@ __all__ = [
     "layer",
     "list_blocks",
     "recommend",
+    "route",
 ]
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from . import answers, cost, draw
+from .engines.route import taken_routes
 from .grid import Grid
 from .mixer import Mixer
 from .recommend import recommend
@@ -56,6 +57,8 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
     made = {block: created(make, block, dim, options, device=device)}
     causal = [("causal", True)] if not gate and made[block].causal else []
     made.setdefault("dense", created(make, "dense", dim, causal, device=device))
+    with taken_routes() as taken:
+        made[block](torch.randn(shape, device=device), *grid)
     costs = cost.measure(made, torch.randn(shape, device=device), *grid, seconds=seconds)
     rows = [
         (n, digits(c.flops / 1e9), f"{c.parameters:,}", digits(c.mebibytes), digits(c.ms)) for n, c in costs.items()
@@ -68,6 +71,8 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
     print(
         f"by its docstring: {said.cost} multiply-adds beside projections, {said.computed} × as many computed at 64×64"
     )
+    if taken:
+        print(f"route: {' and '.join(sorted(taken))}")
 
 
 def show_recommended(
@@ -77,9 +82,10 @@ def show_recommended(
     found = recommend(*size, dim, device, causal, **more)
     where = f"{setting(size, dim, device)}, {dtype}, {batch} image{'s' * (batch > 1)}"
     print(f"{causal * 'causal '}mixers, whole blocks, forward + backward, {where}")
-    rows = [(name, *map(digits, numbers)) for name, *numbers in found]
-    columns([("", "ms", "/ dense", "MiB", "/ dense"), *rows])
+    rows = [(name, *map(digits, numbers), route) for name, *numbers, route in found]
+    columns([("", "ms", "/ dense", "MiB", "/ dense", "route"), *rows])
     print("as measured now; gates are left out: they do not take the place of attention")
+    print("route: how its pattern was computed; dense: with the whole mask, flat: in one softmax, union: by key sets")
 
 
 def show_check(blocks: str, device: str) -> int:

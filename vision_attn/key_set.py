@@ -4,7 +4,6 @@ A pattern is computed from a few disjoint key sets. Each is one call of flash at
 or the whole grid are folded, on one copy where tiles are cut or rows are joined.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .grid import Grid
-from .traced import is_passing, is_traced, least
+from .kept import kept
+from .traced import is_traced, least
 
 
 def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
@@ -347,8 +347,12 @@ class Neighbours(KeySet):
             seen = seen & ((ky < qy) | ((ky == qy) & (kx <= qx)))
         return (rows[:, :, None] * grid.width + columns[:, None]).flatten(1), seen.flatten(3).flatten(1, 2)
 
+    def kept_tables(self, grid: Grid, device: torch.device):
+        """`tables`, made once: (p + 2 r)² (1 + 8 / p²) bytes a position, for tiles of p × p queries and a radius r."""
+        return kept(Neighbours.tables, self, grid, device=device)
+
     def keys(self, x):
-        at, _ = kept_tables(self, Grid(*x.shape[1:3]), x.device)
+        at, _ = self.kept_tables(Grid(*x.shape[1:3]), x.device)
         return rearrange(x.flatten(1, 2).index_select(1, at.flatten()), "b (t n) d -> b t n d", n=at.shape[1])
 
     def place(self, y, grid, fill=0.0):
@@ -359,11 +363,11 @@ class Neighbours(KeySet):
         whole += self.place(part, Grid(*whole.shape[1:3]))
 
     def add_keys(self, whole, part):
-        at, _ = kept_tables(self, Grid(*whole.shape[1:3]), whole.device)
+        at, _ = self.kept_tables(Grid(*whole.shape[1:3]), whole.device)
         whole.flatten(1, 2).index_add_(1, at.flatten(), part.flatten(1, 2).to(whole.dtype))
 
     def mask(self, grid, device):
-        return kept_tables(self, grid, torch.device(device))[1]
+        return self.kept_tables(grid, torch.device(device))[1]
 
     def kept(self, grid):
         return min(grid.height, self.radius[0] * self.dilation[0] + 1), 0, grid.width
@@ -375,21 +379,6 @@ class Neighbours(KeySet):
             (slice(y - above, y, sy), slice(x - left, min(grid.width, x + rx * sx + 1), sx)),
             (slice(y, y + 1), slice(x - left, x + 1, sx)),
         ]
-
-
-def kept_tables(keys: Neighbours, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`Neighbours.tables`, made once for a grid, but where they could not be kept (`is_passing`).
-
-    The last 16 are kept, in (p + 2 r)² (1 + 8 / p²) bytes for each position, where tiles have p × p queries and windows
-    a radius of r: at 64×64 and r = 3 0.6 megabytes on a CPU, 0.9 on CUDA.
-    """
-    return keys.tables(grid, device) if is_passing(device) else _tables(keys, grid, device)
-
-
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _tables(keys: Neighbours, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    return keys.tables(grid, device)
 
 
 @dataclass(frozen=True)

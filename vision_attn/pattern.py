@@ -13,7 +13,7 @@ from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .grid import Grid
@@ -72,6 +72,14 @@ class Pattern:
         """The mask of each head."""
         parts = zip(self.by_head(), self.shares(heads))
         return torch.cat([part.mask(grid, prefix, device).expand(n, -1, -1) for part, n in parts if n])
+
+    def known(self, x: Float[Tensor, "B heads tokens d"], grid: Grid) -> Float[Tensor, "B heads known d"]:
+        """All that queries meet, in one group: the tokens, prefix first, unless a pattern sums some of them up."""
+        return x
+
+    def known_masks(self, heads: int, grid: Grid, prefix: int = 0, device=None) -> Bool[Tensor, "#heads tokens known"]:
+        """Which of `known` each token sees, of all heads or of each."""
+        return self.head_masks(1 if len(self.by_head()) == 1 else heads, grid, prefix, device)
 
     def draw(self, grid: Grid, y: int, x: int) -> str:
         """What the query at (y, x) sees: ``@`` itself, ``#`` seen, ``-`` not seen (``o``: not even itself)."""

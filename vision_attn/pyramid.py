@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 
+from .engines.cells import means
 from .engines.union import attend
 from .grid import Grid
 from .mixer import Mixer, warn_of_blind_spot
@@ -21,7 +24,7 @@ class Pyramid(Directed):
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Side of a cell at each level, in pixels, fine to coarse."""
+        """Side of a cell at each level, in pixels, fine to coarse; the first is 1."""
         raise NotImplementedError
 
     def seen(self, level: int, qy, qx, ky, kx, grid: Grid):
@@ -31,6 +34,23 @@ class Pyramid(Directed):
     def allowed(self, qy, qx, ky, kx, grid):
         levels = range(len(self.sides))
         return reduce(lambda a, b: a | b, (self.seen(level, qy, qx, ky, kx, grid) for level in levels))
+
+    def known(self, x, grid):
+        first, pixels = x.split([grid.prefix_of(x.shape[2]), grid.size], dim=2)
+        pixels = rearrange(pixels, "B n (H W) d -> (B n) H W d", H=grid.height)
+        cells = [rearrange(means(pixels, side), "(B n) h w d -> B n (h w) d", n=x.shape[1]) for side in self.sides]
+        return torch.cat([first, *cells], dim=2)
+
+    def known_masks(self, heads, grid, prefix=0, device=None):
+        y, x = (c.flatten() for c in torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))
+        rows, of_first = [], []
+        for level, side in enumerate(self.sides):
+            down, right = torch.meshgrid(*(torch.arange(0, n, side, device=device) for n in grid), indexing="ij")
+            cells = down.flatten(), right.flatten()  # by their first pixels
+            seen = self.seen(level, y[:, None], x[:, None], *cells, grid)
+            rows.append(seen.expand(grid.size, len(cells[0])))
+            of_first.append(torch.full((prefix, len(cells[0])), level == 0 and not self.causal, device=device))
+        return F.pad(torch.cat([torch.cat(of_first, dim=1), torch.cat(rows, dim=1)]), (prefix, 0), value=True)[None]
 
     def complete(self, side: int, qy, qx, ky, kx, grid: Grid):
         """Whether the cell with (ky, kx) in it has no pixel behind (qy, qx); where nothing is asked: always."""

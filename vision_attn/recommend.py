@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import check
 from .cost import clock, forward_backward, peak_memory, times
+from .engines.route import taken_routes
 from .grid import Grid
 from .pattern import BlindSpot
 from .zoo import create_block, describe, list_blocks
@@ -23,6 +24,7 @@ class Measured(NamedTuple):
     times_dense: float  # its time / that of dense
     mebibytes: float  # that forward + backward hold at most, beside weights and input
     memory_times_dense: float  # its memory / that of dense
+    route: str  # by which its pattern was computed (`vision_attn.route`), several joined by +; "": it has none
 
 
 def recommend(
@@ -89,20 +91,24 @@ def recommend(
         raise ValueError(f"blocks={blocks!r}: nothing to compare: {why}")
     grid = Grid(height, width)
     x = torch.randn(batch, grid.size, dim, device=device, dtype=dtype)
-    ms, mebibytes = measured({name: forward_backward(mixer, x, grid) for name, mixer in mixers.items()}, x, seconds)
+    ms, mebibytes, routes = measured(
+        {name: forward_backward(mixer, x, grid) for name, mixer in mixers.items()}, x, seconds
+    )
     found = [
-        Measured(name, ms[name], ms[name] / ms["dense"], mebibytes[name], mebibytes[name] / mebibytes["dense"])
-        for name in ms
+        Measured(name, of, of / ms["dense"], mebibytes[name], mebibytes[name] / mebibytes["dense"], routes[name])
+        for name, of in ms.items()
     ]
     return sorted(found, key=lambda one: one.ms)
 
 
-def measured(calls: dict[str, Callable], x: Tensor, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds and MiB of each call that there is memory for; slow ones are called but twice."""
-    ms, mebibytes = {}, {}
+def measured(calls: dict[str, Callable], x: Tensor, seconds: float) -> tuple[dict, dict, dict]:
+    """Milliseconds, MiB and routes of each call that there is memory for; slow ones are called but twice."""
+    ms, mebibytes, routes = {}, {}, {}
     for name, call in calls.items():
         try:
-            mebibytes[name] = peak_memory(call, x.device)  # the first builds what later ones keep
+            with taken_routes() as taken:
+                mebibytes[name] = peak_memory(call, x.device)  # the first builds what later ones keep
+            routes[name] = "+".join(sorted(taken))
             ms[name] = clock(call, x.device)
         except RuntimeError as error:
             if name == "dense" or not re.search("allocate|out of memory", str(error)):
@@ -111,4 +117,4 @@ def measured(calls: dict[str, Callable], x: Tensor, seconds: float) -> tuple[dic
     quick = {name: calls[name] for name in ms if ms[name] <= 3 * ms["dense"]}
     for name, taken in times(quick, x.device, seconds).items():
         ms[name] = min(ms[name], *taken)
-    return ms, mebibytes
+    return ms, mebibytes, routes

@@ -160,7 +160,8 @@ def test_a_query_that_sees_nothing_of_any_set_takes_nothing(kernel, double, monk
     above, column = (keys.mask(grid, CPU) for keys in sets)
     tensors = [torch.randn(BATCH, *grid, CHANNELS).requires_grad_() for _ in range(3)]
     tensors += [torch.randn(BATCH, 1, 0, CHANNELS).requires_grad_() for _ in range(2)]
-    out = flash.merged(kernel, sets, [above, column & False], grid, 0.5, *tensors)
+    masks = [flash.added(seen, torch.float32) for seen in (above, column & False)]
+    out = flash.merged(kernel, sets, masks, grid, 0.5, *tensors)
     blind = ~sets[0].place(above.any(-1)[None, :, :, None].expand(1, -1, 12, -1), grid).expand(BATCH, -1, -1, CHANNELS)
     assert blind.sum() == BATCH * 3 * 11 * CHANNELS  # rows 0, 3 and 6
     assert (out[blind] == 0).all() and (out[~blind] != 0).all()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vision_attn import Grid, create_block, key_set
+from vision_attn import Grid, create_block, kept
 from vision_attn.key_set import Neighbours
 from vision_attn.pattern import (
     All,
@@ -100,21 +100,21 @@ def test_tiles_of_any_size_hold_a_window(options, monkeypatch):
     """Also those of a GPU, whose kernels want more queries at a time."""
     assert Neighbours((3, 1)).tile("cuda") == (8, 8) != Neighbours((3, 1)).tile("cpu")
     monkeypatch.setattr(Neighbours, "tile", lambda self, device: (8, 3))
-    key_set._tables.cache_clear()
+    kept._tensors.clear()
     for grid in (Grid(13, 17), Grid(5, 29), Grid(1, 1)):
         assert_sets_are_the_rule(Window((3, 1), **options), grid)
-    key_set._tables.cache_clear()
+    kept._tensors.clear()
 
 
 def test_tables_are_kept_only_where_they_have_numbers():
     block, grid = create_block("window", 16, kernel_size=3, attn_drop=0.1).eval(), Grid(11, 19)
     x = torch.randn(2, grid.size, 16)
-    key_set._tables.cache_clear()
+    kept._tensors.clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         block(torch.empty(2, grid.size, 16), grid)
     for transform in (torch.func.functionalize, torch.func.vmap, lambda mix: torch.func.grad(lambda x: mix(x).sum())):
         transform(lambda x: block(x.reshape(-1, grid.size, 16), grid))(x)  # whose tensors wrap others
-    assert key_set._tables.cache_info().currsize == 0
+    assert not kept._tensors
     with torch.inference_mode():  # whose tensors no backward takes
         wanted = block(x, grid).clone()
     assert torch.equal(block(x, grid), wanted)
@@ -127,12 +127,12 @@ def test_tables_of_a_captured_graph_are_its_own(monkeypatch):
     keys, grid, made = Neighbours((1, 2)), Grid(5, 7), []
     monkeypatch.setattr(Neighbours, "tables", lambda self, grid, device: made.append(device) or (None, None))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    key_set._tables.cache_clear()
+    kept._tensors.clear()
     for _ in range(2):
         keys.mask(grid, "cuda:0")
         keys.mask(grid, "cpu")
     assert [device.type for device in made] == ["cuda", "cpu", "cuda"]
-    key_set._tables.cache_clear()
+    kept._tensors.clear()
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)

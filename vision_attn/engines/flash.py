@@ -32,6 +32,11 @@ class Cpu:
     """The flash kernel of torch on a CPU, in float64 or float32: half precision would round every set's output."""
 
     @staticmethod
+    def mask_type(dtype: torch.dtype) -> torch.dtype:
+        """The type of masks for tensors of a type."""
+        return torch.promote_types(dtype, torch.float32)
+
+    @staticmethod
     def forward(q, k, v, mask, causal, scale):
         """Output (b, groups, queries, d) and log-sum-exp (b, groups, queries); mask (#b, #groups, #queries, keys)."""
         q, k, v, mask = map(_wide, (q, k, v, _expanded(mask, q)))
@@ -55,6 +60,11 @@ class Cuda:
     """
 
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
+
+    @staticmethod
+    def mask_type(dtype: torch.dtype) -> torch.dtype:
+        """The type of masks for tensors of a type."""
+        return dtype
 
     @staticmethod
     def forward(q, k, v, mask, causal, scale):
@@ -100,8 +110,10 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _aligned_mask(mask: Tensor | None) -> Tensor | None:
-    """The mask, its rows beginning at multiples of 16 numbers."""
-    return None if mask is None else F.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
+    """The mask, or a copy of it whose rows begin at multiples of 16 numbers."""
+    if mask is None or (mask.stride(-1) == 1 and not any(n % 16 for n in mask.stride()[:-1])):
+        return mask
+    return F.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
 
 
 def _as_returned(out: Tensor) -> Tensor:
@@ -187,7 +199,7 @@ def trial(kernel: type[Cpu] | type[Cuda], device: torch.device, dtype: torch.dty
             tensors = [t.to(device, dtype).requires_grad_() for t in numbers]
             exact = [t.detach().double().requires_grad_() for t in tensors]
             slope = torch.randn(shapes[0], generator=rng, dtype=torch.float32, device="cpu").to(device, dtype)
-            masks = [keys.mask(grid, device) for keys in sets]
+            masks = [mask_of(keys, grid, kernel.mask_type(dtype), device) for keys in sets]
             scale = channels**-0.5
             out = merged(kernel, list(sets), masks, grid, scale, *tensors)
             q, *others = (t.flatten(1, 2) for t in exact)
@@ -228,7 +240,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | type[Cuda] | None
 def merged(
     kernel: type[Cpu] | type[Cuda],
     sets: list[KeySet],
-    masks: list[Tensor | None],
+    masks: list[tuple[Tensor | None, Tensor | None]],
     grid: Grid,
     scale: float,
     q: Float[Tensor, "b H W d"],
@@ -242,17 +254,14 @@ def merged(
     Args:
         kernel: see `kernel_for`.
         sets: disjoint key sets; together they have every position as a query.
-        masks: of each set, True where a query sees a key, (#groups, #queries, keys); None: everywhere.
+        masks: of each set, see `mask_of`.
         grid: of the positions.
         scale: factor on q · k.
         q, k, v: of the positions.
         k_before, v_before: of the keys that all see.
     """
-    sets, masks = [*sets, Before()], [*masks, None]
-    # what a kernel makes of a query that sees nothing is its own affair: it sees all, and is left out by hand
-    hidden = [None if mask is None else ~mask.any(dim=-1)[None] for mask in masks]
-    masks = [None if mask is None else additive(opened(mask), q.dtype) for mask in masks]
-    out, _ = Merged.apply(kernel, sets, masks, hidden, grid, scale, q, k, v, k_before, v_before)
+    masks, unseen = zip(*masks, (None, None))
+    out, _ = Merged.apply(kernel, [*sets, Before()], masks, unseen, grid, scale, q, k, v, k_before, v_before)
     return out
 
 
@@ -340,11 +349,26 @@ def _filled(lse: Tensor, where: Tensor | None, value: float) -> Tensor:
     return lse if where is None else lse.masked_fill(where, value)
 
 
-def additive(mask: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "1 ..."]:
+def mask_of(keys: KeySet, grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """`added` of a key set's own mask, without its causality; on CUDA in rows as `Cuda` wants them."""
+    mask, unseen = added(keys.mask(grid, device), dtype)
+    return _aligned_mask(mask) if device.type == "cuda" else mask, unseen
+
+
+def added(
+    seen: Bool[Tensor, "#groups #queries keys"] | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to scores (1, #groups, #queries, keys) to hide keys, and which queries see none, without ``keys``.
+
+    What a kernel makes of a query that sees nothing is its own affair: here it sees everything, and is to be left out
+    by hand.
+    """
+    if seen is None:
+        return None, None
+    unseen = ~seen.any(dim=-1)[None]
+    return hiding(seen | unseen[0, ..., None], dtype), unseen
+
+
+def hiding(seen: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "1 ..."]:
     """A mask as what is added to scores: half of the least number, which a kernel may multiply by log2 e, hides."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)[None]
-
-
-def opened(mask: Bool[Tensor, "... keys"]) -> Bool[Tensor, "... keys"]:
-    """A mask in which a query that saw nothing sees everything: no kernel says what comes of nothing."""
-    return mask | ~mask.any(dim=-1, keepdim=True)
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min / 2)[None]

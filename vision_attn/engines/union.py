@@ -4,7 +4,7 @@ Everything, or all of the past, goes straight to `torch.nn.functional.scaled_dot
 key set, on folded views. Several are one flash call each, merged by their log-sum-exp, and so, on a CPU, is one whose
 groups share keys: it is folded a few images at a time, and anew in the backward. Where no kernel gives a log-sum-exp
 (`flash.kernel_for`), several share one softmax over concatenated scores. Time and memory grow with the pairs that are
-looked at.
+looked at. Small grids take one call with the pattern's mask instead, where that is faster (`route`).
 """
 
 import torch
@@ -14,11 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..grid import Grid
+from ..kept import kept
 from ..key_set import Everything, KeySet, Only
 from ..pattern import All, Past, Pattern
 from ..precision import at_least_float32, is_slow, outside_autocast
 from ..traced import fixed, is_traced
-from .flash import BLOCKS, additive, by_launches, kernel_for, merged, opened
+from .flash import BLOCKS, added, by_launches, hiding, kernel_for, mask_of, merged
+from .route import asked, dense_is_faster, flat_is_faster, note
 
 
 def attend(
@@ -45,10 +47,13 @@ def attend(
     prefix = grid.prefix_of(q.shape[2])
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave normalised queries and keys wider
     if isinstance(pattern, All | Past) and bias is None:  # no folds: the prefix is in its place
+        note("dense")
         out = flash(q, k, v, dropout_p=dropout, is_causal=pattern.causal, scale=scale)
         if not pattern.causal:
             return out
         out = out[:, :, prefix:]
+    elif bias is None and _goes_dense(pattern, q.shape[1], grid, q.device):
+        return _dense(q, k, v, grid, pattern, scale, dropout)
     else:
         shares = pattern.shares(q.shape[1])
         heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
@@ -92,12 +97,38 @@ def _by_launches(q, k, v, attn_mask=None, **options):
     return by_launches(call, q, k, v, mask)[0]
 
 
+def _goes_dense(pattern, heads, grid, device) -> bool:
+    if asked() == "auto":
+        return not is_traced() and dense_is_faster(pattern, heads, grid, device)
+    return asked() == "dense"
+
+
+def _dense(q, k, v, grid, pattern, scale, dropout):
+    """One call with the mask of all heads, prefix queries included."""
+    note("dense")
+    prefix, more = fixed(grid.prefix_of(q.shape[2])), fixed(k.shape[2] - q.shape[2])
+    mask, unseen = kept(_mask_of_all, pattern, fixed(q.shape[1]), grid, prefix, more, q.dtype, device=q.device)
+    k, v = (pattern.known(t, grid) for t in (k, v))
+    out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return out if unseen is None else out.masked_fill(unseen[..., None], 0)
+
+
+def _mask_of_all(pattern, heads, grid, prefix: int, more: int, dtype, device):
+    """`added` of a pattern's whole mask, and of ``more`` keys before it that all see."""
+    seen = F.pad(pattern.known_masks(heads, grid, prefix, device), (more, 0), value=True)
+    mask, unseen = added(seen, dtype)
+    if not is_traced():  # asked on the CPU, for no device is waited for
+        unseen = None if prefix + more or pattern.known_masks(heads, grid, device="cpu").any(-1).all() else unseen
+    return mask, unseen
+
+
 def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
     """Attention of the positions, without the prefix queries."""
     heads, parts = q.shape[1], [t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in (q, k, v)]
     maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for _, t in parts]
     before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
-    kernel = kernel_for(*maps) if dropout == 0 and bias is None else None
+    flat = asked() == "flat" or (asked() == "auto" and len(key_sets) > 1 and flat_is_faster(key_sets, grid, q.device))
+    kernel = kernel_for(*maps) if dropout == 0 and bias is None and not flat else None
     anew = kernel and key_sets[0].overlap and q.device.type == "cpu"
     if len(key_sets) == 1 and not anew:
         out = _one_set(*maps, before, grid, *key_sets, scale, dropout, bias)
@@ -111,51 +142,66 @@ def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
 
 
 def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
+    note("union")  # of one
     q, k, v = keys.queries(q), keys.keys(k), keys.keys(v)
-    seen, causal, prefix = keys.mask(grid, q.device), keys.causal, fixed(before[0].shape[2])
+    prefix = fixed(before[0].shape[2])
+    mask, unseen = kept(_mask_of_set, keys, grid, prefix, q.dtype, device=q.device)
     if prefix:
-        seen, causal = _with_causal(keys, grid, q.device), False
-        seen = None if seen is None else F.pad(seen, (prefix, 0), value=True)
         k, v = (torch.cat([p.expand(-1, t.shape[1], -1, -1), t], dim=2) for p, t in zip(before, (k, v)))
         bias = None if bias is None else F.pad(bias, (prefix, 0))
-    mask = None if seen is None else additive(opened(seen), q.dtype)
     if bias is not None:
         mask = bias if mask is None else bias + mask
-    if mask is not None:
-        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], -1)
-    out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
-    return keys.place(_of_seen(out, keys, seen), grid)
+    if mask is not None and mask.shape[2] == 1:
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=keys.causal and not prefix, scale=scale)
+    return keys.place(_of_seen(out, keys, unseen), grid)
+
+
+def _mask_of_set(keys: KeySet, grid, prefix: int, dtype, device):
+    """`added` of a key set and of ``prefix`` keys that all see; without them causality is the kernel's."""
+    if not prefix:
+        return mask_of(keys, grid, dtype, device)
+    seen = _with_causal(keys, grid, device)
+    return added(seen if seen is None else F.pad(seen, (prefix, 0), value=True), dtype)
 
 
 def _merged(kernel, q, k, v, before, grid, key_sets, scale):
+    note("union")
     sets = [part for keys in key_sets for part in keys.parts(grid)]
-    masks = [keys.mask(grid, q.device) for keys in sets]
+    masks = [kept(mask_of, keys, grid, kernel.mask_type(q.dtype), device=q.device) for keys in sets]
     return merged(kernel, sets, masks, grid, scale, q, k, v, *before)
 
 
 def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
+    note("flat")
     if q.dtype == torch.float16:  # whose range scores may leave
         q, k, before = q.float(), k.float(), [before[0].float(), before[1]]
     q = q * scale
-    scores, masks, prefix = [], [_with_causal(keys, grid, q.device) for keys in key_sets], fixed(before[0].shape[2])
+    scores, prefix = [], fixed(before[0].shape[2])
+    masks = [kept(_whole_mask_of, keys, grid, q.dtype, device=q.device) for keys in key_sets]
     if prefix:
         scores.append(Everything().place(Everything().queries(q) @ before[0].transpose(-2, -1), grid))
-    for keys, mask in zip(key_sets, masks):
+    for keys, (mask, _) in zip(key_sets, masks):
         seen = keys.queries(q) @ keys.keys(k).transpose(-2, -1)
-        seen = seen if mask is None else seen + additive(mask, q.dtype)
-        scores.append(keys.place(seen, grid, torch.finfo(q.dtype).min))
+        scores.append(keys.place(seen if mask is None else seen + mask, grid, torch.finfo(q.dtype).min))
     weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=at_least_float32(q))
     weights = F.dropout(weights.to(v.dtype), dropout).split([s.shape[-1] for s in scores], dim=-1)
     outs = [keys.queries(w) @ keys.keys(v) for keys, w in zip(key_sets, weights[-len(key_sets) :])]
-    out = sum(keys.place(_of_seen(out, keys, mask), grid) for out, keys, mask in zip(outs, key_sets, masks))
+    out = sum(keys.place(_of_seen(out, keys, unseen), grid) for out, keys, (_, unseen) in zip(outs, key_sets, masks))
     if prefix:
         out = out + Everything().place(Everything().queries(weights[0]) @ before[1], grid)
     return out
 
 
-def _of_seen(out, keys: KeySet, mask):
+def _whole_mask_of(keys: KeySet, grid, dtype, device):
+    """What hides keys of a set, its causality included, and which queries see none: other sets may show them some."""
+    seen = _with_causal(keys, grid, device)
+    return (None, None) if seen is None else (hiding(seen, dtype), ~seen.any(dim=-1)[None])
+
+
+def _of_seen(out, keys: KeySet, unseen):
     """What queries take of a set: nothing where they see nothing. That may be so of composed sets alone."""
-    return out.masked_fill(~mask.any(dim=-1, keepdim=True), 0) if isinstance(keys, Only) else out
+    return out.masked_fill(unseen[..., None], 0) if isinstance(keys, Only) else out
 
 
 def _with_causal(keys: KeySet, grid, device):

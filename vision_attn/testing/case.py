@@ -1,5 +1,6 @@
 """A block under test, and the list of properties that it is tested for."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..engines.route import route
 from ..gate import Gate
 from ..grid import Grid
 from ..layout import OnMap
@@ -115,6 +117,7 @@ KINDS = {
     "average": lambda case: all_steps(case, lambda step: step.averages),
     "causal": lambda case: case.is_mixer and case.new(device="meta").causal,
     "softmax": lambda case: all_steps(case, is_softmax_of_products),
+    "pattern": lambda case: case.is_mixer and any(isinstance(step, PatternMixer) for step in case.new().steps),
 }
 
 
@@ -131,11 +134,20 @@ def is_softmax_of_products(step: Mixer) -> bool:
 
 
 def holds_for(kind: str, slow: bool = False) -> Callable:
-    """Enters a function of a `Case` into `PROPERTIES`, for the kind of block it is about."""
+    """Enters a function of a `Case` into `PROPERTIES`, for the kind of block it is about.
+
+    Patterns are computed by their key sets, as on large grids: at the sizes of a trial ``auto`` takes their mask, which
+    the definition has, too. `routes_give_the_same` asks for all routes.
+    """
 
     def enter(check):
-        PROPERTIES.append(Property(check, KINDS[kind], slow))
-        return check
+        @functools.wraps(check)
+        def by_key_sets(case):
+            with route("union"):
+                check(case)
+
+        PROPERTIES.append(Property(by_key_sets, KINDS[kind], slow))
+        return by_key_sets
 
     return enter
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
+from ..engines.route import route
 from ..grid import Grid
 from .arguments import arguments, values_of
 from .case import EXAMPLES, GRID, GRIDS, PREFIXES, SMALL, holds_for, lived_in
@@ -22,6 +23,16 @@ def fast_path_is_the_definition(case):
             with case.trying(grid=grid, prefix=prefix, training=training):
                 for fast, plain, inputs in sides(block, grid, prefix):
                     assert_same_function(fast, plain, inputs, list(block.parameters()))
+
+
+@holds_for("pattern")
+def routes_give_the_same(case):
+    """A pattern's mask, its key sets in one softmax and the routes that are merged give what the definition says."""
+    block = case.block()
+    for name, grid, prefix in itertools.product(("auto", "dense", "flat"), GRIDS, PREFIXES):
+        with case.trying(route=name, grid=grid, prefix=prefix), route(name):
+            for fast, plain, inputs in sides(block, grid, prefix):
+                assert_same_function(fast, plain, inputs, list(block.parameters()))
 
 
 @holds_for("any", slow=True)

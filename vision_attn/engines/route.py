@@ -1,0 +1,101 @@
+"""By which route the attention of a pattern is computed: never what it is.
+
+- ``dense``: one call of torch's attention with the pattern's N×N mask, which is made once and kept. For small grids.
+- ``flat``: one softmax over the concatenated scores of all key sets. For graphs, and for short groups on a CPU.
+- ``union``: a flash call for each key set, merged by log-sum-exp. For large grids.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from ..grid import Grid
+from ..key_set import KeySet
+from ..pattern import Pattern
+from ..traced import is_traced
+
+ROUTES = ("auto", "dense", "flat", "union")
+LARGEST_DENSE = 1600  # positions
+SHORT = 24  # rows and columns up to which scores are concatenated
+# Fitted on a CPU to forward and backward at 14×14 and 20×20, in the time of a pair of a masked N×N call:
+GATHERED = 3.3  # a pair of a key set whose groups share keys
+QUERY = 120  # a query of a key set: its fold, its share of a call, its merge
+
+_asked: ContextVar[str] = ContextVar("asked", default="auto")
+_taken: ContextVar[set[str] | None] = ContextVar("taken", default=None)
+
+
+@contextmanager
+def route(name: str = "auto") -> Iterator[set[str]]:
+    """A context in which patterns are computed by one route: the fastest (``auto``), ``dense``, ``flat`` or ``union``.
+
+    It changes speed and memory, never the function. It holds in the thread that enters it, and gives the names of the
+    routes that were taken in it. Where a route does not exist, the next simpler one is taken: ``flat`` for ``union``
+    where no kernel tells a log-sum-exp (in graphs, with dropout, in float64 on CUDA).
+
+    Raises:
+        ValueError: there is no such route.
+
+    >>> from vision_attn import Grid, create_block, route
+    >>> x, block = torch.randn(1, 35, 64), create_block("criss_cross", 64)
+    >>> with route("union") as taken:
+    ...     y = block(x, Grid(5, 7))
+    >>> taken
+    {'union'}
+    """
+    if name not in ROUTES:
+        raise ValueError(f"route={name!r}: must be one of {', '.join(ROUTES)}")
+    taken: set[str] = set()
+    before = _asked.set(name), _taken.set(taken)
+    try:
+        yield taken
+    finally:
+        _asked.reset(before[0])
+        _taken.reset(before[1])
+
+
+def taken_routes():
+    """A context in which nothing changes, and which gives the names of the routes that are taken in it."""
+    return route(asked())
+
+
+def asked() -> str:
+    """The route that is asked for here."""
+    return _asked.get()
+
+
+def note(name: str) -> None:
+    """Notes that a route is taken."""
+    if not is_traced() and (taken := _taken.get()) is not None:
+        taken.add(name)
+
+
+def dense_is_faster(pattern: Pattern, heads: int, grid: Grid, device: torch.device) -> bool:
+    """Whether one masked N×N call takes less time than calls of the pattern's key sets."""
+    if grid.size > LARGEST_DENSE:
+        return False
+    try:
+        cost = _cost(pattern, heads, grid, device)
+    except TypeError:  # a pattern of someone's own that has no hash
+        cost = _cost.__wrapped__(pattern, heads, grid, device)
+    return grid.size**2 <= cost
+
+
+def flat_is_faster(key_sets: Sequence[KeySet], grid: Grid, device: torch.device) -> bool:
+    """Whether one softmax over several key sets takes less time than to merge them."""
+    return device.type == "cpu" and max(grid) <= SHORT and not any(keys.overlap for keys in key_sets)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cost(pattern: Pattern, heads: int, grid: Grid, device: torch.device) -> float:
+    """What the key sets take for a head and image, in the time of a pair of a masked N×N call."""
+    x, cost = torch.empty(1, *grid, 1, device=device), 0.0
+    for part, share in zip(pattern.by_head(), pattern.shares(heads)):
+        for keys in part.key_sets():
+            _, groups, queries, _ = keys.queries(x).shape
+            pairs = groups * queries * keys.keys(x).shape[2]
+            cost += share / heads * ((GATHERED if keys.overlap else 1) * pairs + QUERY * grid.size)
+    return cost
