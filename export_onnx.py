@@ -12,17 +12,17 @@ import sys
 from typing import Any
 
 import timm
-from jsonargparse import ArgumentParser
 
 import backbones
-from training import checkpoint
+from training import command
+from training.checkpoint import load
 from training.setup import restore_model
 from training.trained import check_classifier
 
 
 def export(
     path: str,
-    checkpoint_path: str | None = None,
+    checkpoint: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] | None = None,
     pretrained: bool = False,
@@ -36,7 +36,7 @@ def export(
 
     Args:
         path: the ONNX file to write.
-        checkpoint_path: a checkpoint of train_imagenet.py; its moving average is exported if it has one.
+        checkpoint: a checkpoint of train_imagenet.py; its moving average is exported if it has one.
         model: instead, a name that timm.create_model knows.
         model_args: further arguments of timm.create_model.
         pretrained: with model: start from its published weights.
@@ -48,15 +48,15 @@ def export(
     """
     if fp16 and int8:
         raise ValueError("fp16 and int8 exclude each other")
-    if (checkpoint_path is None) == (model is None):
+    if (checkpoint is None) == (model is None):
         raise ValueError("give either checkpoint or model")
-    if checkpoint_path is not None and pretrained:
+    if checkpoint is not None and pretrained:
         raise ValueError("pretrained is for model: a checkpoint has weights of its own")
     metadata = {}
-    if checkpoint_path is not None:
-        saved = checkpoint.load(checkpoint_path)
-        check_classifier(checkpoint_path, saved)
-        network = restore_model(checkpoint_path, saved, model_args)
+    if checkpoint is not None:
+        saved = load(checkpoint)
+        check_classifier(checkpoint, saved)
+        network = restore_model(checkpoint, saved, model_args)
         image_size = image_size or tuple(saved["data"]["input_size"][1:])
         metadata = {key: value for key, value in saved["data"].items() if key != "input_size"}
     else:
@@ -69,19 +69,7 @@ def export(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_function_arguments(export, skip={"checkpoint_path"})
-    parser.add_argument("--checkpoint", type=str | None, help="a checkpoint of train_imagenet.py")
-    arguments = vars(parser.parse_args(argv))
-    try:
-        export(checkpoint_path=arguments.pop("checkpoint"), **arguments)
-    except backbones.ExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(export, __doc__, argv, (ValueError, TypeError, OSError, RuntimeError), (backbones.ExportError,))
 
 
 if __name__ == "__main__":

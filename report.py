@@ -12,10 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 import backbones
-from training import checkpoint
+from training import checkpoint, command
 from training.report import Page, add_answers, add_images, add_run, mistakes, varied
 from training.trained import open_trained
 
@@ -77,14 +75,7 @@ def add_classifier(page: Page, path: Path, dir: str | None, count: int):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_function_arguments(report)
-    try:
-        report(**vars(parser.parse_args(argv)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(report, __doc__, argv)
 
 
 if __name__ == "__main__":

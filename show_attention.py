@@ -8,26 +8,26 @@ Exit code 0: done; 2: bad input, with one line that says what.
 import sys
 
 import torch
-from jsonargparse import ArgumentParser
 
 import backbones
+from training import command
 from training.report import varied
 from training.trained import open_trained
 
 
-def show(path: str, checkpoint_path: str, count: int = 10, at: str = "*", dir: str | None = None) -> None:
+def show(path: str, checkpoint: str, count: int = 10, at: str = "*", dir: str | None = None) -> None:
     """Writes a PNG: a row for each image, a column for the image and for each block's map.
 
     Args:
         path: the PNG to write.
-        checkpoint_path: a checkpoint of train_imagenet.py.
+        checkpoint: a checkpoint of train_imagenet.py.
         count: images, of as many classes as can be; 1 or more.
         at: wildcard of the blocks to show, by module name.
         dir: where the images are, if not where they were in training.
     """
     if count < 1:
         raise ValueError(f"count={count}: must be 1 or more")
-    trained = open_trained(checkpoint_path, dir)
+    trained = open_trained(checkpoint, dir)
     images = trained.images
     few = min(len(images), 8 * count)
     tried = [i * len(images) // few for i in range(few)]
@@ -43,16 +43,7 @@ def show(path: str, checkpoint_path: str, count: int = 10, at: str = "*", dir: s
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_function_arguments(show, skip={"checkpoint_path"})
-    parser.add_argument("--checkpoint", type=str, required=True, help="a checkpoint of train_imagenet.py")
-    arguments = vars(parser.parse_args(argv))
-    try:
-        show(checkpoint_path=arguments.pop("checkpoint"), **arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(show, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -152,9 +152,17 @@ class Mixer(Leaf):
         if not self.causal:
             raise ValueError("causal=False: pixel by pixel only a causal block can go on")
         widths = [width // self.num_heads for width in self.widths]
+        return RemixedPast(self.mix, batch, self.num_heads, Grid.of(grid), widths, **self.factory(device, dtype))
+
+    def factory(self, device=None, dtype=None) -> dict:
+        """Keyword arguments that make a tensor: device and type of the weights unless given."""
         weight = weight_of(self.qkv)
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-        return RemixedPast(self.mix, batch, self.num_heads, Grid.of(grid), widths, **factory)
+        return dict(device=device or weight.device, dtype=dtype or weight.dtype)
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Channels of a head's keys and of its values."""
+        return self.key_dim // self.num_heads, self.dim // self.num_heads
 
     def step(self, x: Float[Tensor, "B dim"], place: int, cache) -> Float[Tensor, "B dim"]:
         """What `forward` gives at raster index ``place``, all earlier indices having been stepped through."""
@@ -213,10 +221,10 @@ class PatternMixer(Mixer):
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.pattern.causal:
             return super().new_cache(batch, grid)
-        weight = weight_of(self.qkv)
-        dims = (self.key_dim // self.num_heads, self.dim // self.num_heads)
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-        return PatternCache(self.pattern, batch, self.num_heads, Grid.of(grid), dims, self.scale, full, **factory)
+        factory = self.factory(device, dtype)
+        return PatternCache(
+            self.pattern, batch, self.num_heads, Grid.of(grid), self.head_dims, self.scale, full, **factory
+        )
 
 
 class Sequence(Mixer):

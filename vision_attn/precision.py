@@ -1,6 +1,8 @@
 """Where numbers must be wider than their tensors."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,19 @@ def weight_of(module: nn.Module) -> Tensor:
 def is_slow(x: Tensor) -> bool:
     """Whether the type is one that torch is slower in than in float32, and that scores may leave: float16 on a CPU."""
     return x.dtype == torch.float16 and x.device.type == "cpu"
+
+
+def in_float32_where_slow(mix: Callable) -> Callable:
+    """A method ``mix(q, k, v, grid)`` that takes float32 and gives float16 back where float16 is slow (`is_slow`)."""
+
+    @functools.wraps(mix)
+    def wide(self, q, k, v, grid):
+        if not is_slow(v):
+            return mix(self, q, k, v, grid)
+        with outside_autocast(v):
+            return mix(self, q.float(), k.float(), v.float(), grid).half()
+
+    return wide
 
 
 def in_range(x: Tensor) -> Tensor:

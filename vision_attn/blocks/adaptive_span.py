@@ -42,7 +42,7 @@ from ..grid import Grid
 from ..key_set import Everything, Only
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Past, Pattern, Window
-from ..precision import at_least_float32, weight_of
+from ..precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,9 @@ class Block(Mixer):
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if full or not self.causal:
             return super().new_cache(batch, grid, device=device, dtype=dtype)
-        weight, dims = weight_of(self.qkv), (self.key_dim // self.num_heads, self.dim // self.num_heads)
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        factory = self.factory(device, dtype)
         (keys,) = self.window.key_sets()
-        return Near(self, Store(keys, Grid.of(grid), batch, self.num_heads, dims=dims, **factory))
+        return Near(self, Store(keys, Grid.of(grid), batch, self.num_heads, dims=self.head_dims, **factory))
 
 
 class Held(torch.autograd.Function):

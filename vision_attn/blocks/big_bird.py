@@ -42,7 +42,7 @@ from ..grid import Grid
 from ..key_set import Everything, Only, Tiles, rows_and_columns
 from ..mixer import PatternMixer, warn_of_blind_spot
 from ..pattern import Directed, Global, Past, PerHead
-from ..precision import is_slow, outside_autocast
+from ..precision import in_float32_where_slow
 from ..traced import least
 
 ROWS = 256  # tiles with draws of their own
@@ -147,10 +147,8 @@ class Block(PatternMixer):
         if not self.draws.table.is_meta:  # nothing is drawn there
             warn_of_blind_spot(self)
 
+    @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if is_slow(v):
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         heads, prefix, fold = q.shape[1], grid.prefix_of(q.shape[2]), Tiles((self.side, self.side))
         first = prefix + least(self.tokens, grid.size)  # tokens that all see
         seen, place = self.seen(grid), fold.numbers(grid, q.device)[0]  # (heads, tiles, m), (tiles, side²)

@@ -22,7 +22,7 @@ from .. import check
 from ..engines.kernel import Recurrence, attend, attend_past, state
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import at_least_float32, weight_of
+from ..precision import at_least_float32
 
 
 def unit(x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
@@ -78,9 +78,7 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that fast attention knows of the past")
-        weight, channels = weight_of(self.qkv), (self.key_dim // self.num_heads, self.dim // self.num_heads)
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-        return State(self.mean, batch, self.num_heads, *channels, **factory)
+        return State(self.mean, batch, self.num_heads, *self.head_dims, **self.factory(device, dtype))
 
 
 class State(Recurrence):

@@ -28,7 +28,7 @@ from ..engines.union import attend
 from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import All, Past
-from ..precision import at_least_float32, outside_autocast, weight_of
+from ..precision import at_least_float32, outside_autocast
 
 
 class Block(Mixer):
@@ -103,10 +103,9 @@ class Block(Mixer):
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.causal:
             return super().new_cache(batch, grid)
-        grid, weight = Grid.of(grid), weight_of(self.qkv)
-        wide = torch.promote_types(dtype or weight.dtype, torch.float32)
-        dims = (self.key_dim // self.num_heads + 4, self.dim // self.num_heads)
-        factory = dict(device=device or weight.device, dtype=wide)
+        grid, (key, value), factory = Grid.of(grid), self.head_dims, self.factory(device, dtype)
+        dims = key + 4, value
+        wide = factory["dtype"] = torch.promote_types(factory["dtype"], torch.float32)
         past = PatternCache(Past(), batch, self.num_heads, grid, dims, 1.0, full, **factory)
         return Nearby(past, self.scale, *self.channels(grid, wide))
 

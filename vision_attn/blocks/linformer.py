@@ -25,7 +25,7 @@ from torch import nn
 
 from .. import check
 from ..mixer import Mixer
-from ..precision import at_least_float32, is_slow, outside_autocast
+from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
 from ..resize import spread
 
 
@@ -81,10 +81,8 @@ class Block(Mixer):
             if table is not None:
                 nn.init.normal_(table, std=table.shape[-1] ** -0.5)
 
+    @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if is_slow(v):
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         prefix = grid.prefix_of(q.shape[2])
         wide = at_least_float32(v)
         with outside_autocast(v):

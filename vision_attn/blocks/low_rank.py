@@ -26,7 +26,7 @@ from .. import check
 from ..engines.kernel import Recurrence, normalised, state, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import at_least_float32, outside_autocast, weight_of
+from ..precision import at_least_float32, outside_autocast
 
 
 class Block(Mixer):
@@ -105,8 +105,7 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that low-rank attention knows of the past")
-        weight, channels = weight_of(self.qkv), (1, self.dim // self.num_heads + 1)
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        channels, factory = (1, self.dim // self.num_heads + 1), self.factory(device, dtype)
         return Recurrence(one_feature, self.feature_of_keys, batch, self.num_heads, *channels, **factory)
 
     def feature_of_keys(self, k: Float[Tensor, "B heads d"]) -> Float[Tensor, "B heads 1"]:

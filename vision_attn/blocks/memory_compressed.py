@@ -37,7 +37,7 @@ from ..engines.by_rows import in_chunks
 from ..key_set import Tiles, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Directed, complete
-from ..precision import is_slow, outside_autocast
+from ..precision import in_float32_where_slow
 
 ROWS = 1024  # queries that share a mask
 
@@ -96,10 +96,8 @@ class Block(Mixer):
         if self.null is not None:
             nn.init.zeros_(self.null)
 
+    @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if is_slow(v):
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         prefix = grid.prefix_of(q.shape[2])
         keys, values = self.blocks(k[:, :, prefix:], grid), self.blocks(v[:, :, prefix:], grid)
         # (B, heads, blocks, p q, d)

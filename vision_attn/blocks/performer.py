@@ -30,7 +30,7 @@ from .. import check
 from ..engines.kernel import Recurrence, attend, attend_past, normalised, state, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import at_least_float32, outside_autocast, weight_of
+from ..precision import at_least_float32, outside_autocast
 
 
 class Block(Mixer):
@@ -138,8 +138,7 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that a Performer knows of the past")
-        weight, channels = weight_of(self.qkv), (len(self.omega), self.dim // self.num_heads + 1)
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        channels, factory = (len(self.omega), self.dim // self.num_heads + 1), self.factory(device, dtype)
         return Recurrence(self.features_of_queries, self.features_of_keys, batch, self.num_heads, *channels, **factory)
 
     def extra_repr(self):

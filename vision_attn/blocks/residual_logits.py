@@ -30,7 +30,6 @@ from ..engines.cache import PatternCache
 from ..grid import Grid
 from ..mixer import PatternMixer, Sequence
 from ..pattern import All, Past
-from ..precision import weight_of
 
 
 class Block(Sequence):
@@ -124,10 +123,11 @@ class JoinedPast:
     def __init__(self, chain, batch: int, grid: Grid, full: bool, device=None, dtype=None):
         self.layers = []
         for number, layer in enumerate(chain, start=1):
-            weight, heads = weight_of(layer.qkv), layer.num_heads
-            dims = number * layer.key_dim // heads, layer.dim // heads
-            factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-            self.layers.append(LayerPast(layer.pattern, batch, heads, grid, dims, layer.scale, full, **factory))
+            (key, value), factory = layer.head_dims, layer.factory(device, dtype)
+            dims = number * key, value
+            self.layers.append(
+                LayerPast(layer.pattern, batch, layer.num_heads, grid, dims, layer.scale, full, **factory)
+            )
 
     @property
     def nbytes(self) -> int:

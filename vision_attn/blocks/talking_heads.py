@@ -25,7 +25,6 @@ from ..engines import by_rows
 from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import weight_of
 
 
 class Block(Mixer):
@@ -105,6 +104,7 @@ class Block(Mixer):
     def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
         if not self.causal:
             return super().new_cache(batch, grid)
-        weight, dims = weight_of(self.qkv), (self.key_dim // self.num_heads, self.dim // self.num_heads)
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-        return by_rows.RowPast(self.talk(0), self.scale, batch, self.num_heads, Grid.of(grid), dims, **factory)
+        factory = self.factory(device, dtype)
+        return by_rows.RowPast(
+            self.talk(0), self.scale, batch, self.num_heads, Grid.of(grid), self.head_dims, **factory
+        )
