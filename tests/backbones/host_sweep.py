@@ -29,7 +29,6 @@ from vision_attn import OnMap
 from vision_attn.layout import Residual
 
 BLOCKS = ("cbam", "criss_cross")  # a gate and a mixer
-LARGEST = 150e6  # parameters
 SMALL = (
     "test_ atto femto pico nano xxs xxtiny xt tiny mini _xs small _ti _t_ _t[0-9] _s[0-9] 050 b0 m0 18 _0 _s".split()
 )
@@ -45,8 +44,8 @@ class Host(NamedTuple):
         """The model, and (channels, height, width) of images to try it at: small and not square first."""
         torch.manual_seed(0)
         if self.library == "torchvision":
-            yield self._of_torchvision(), (3, 96, 160)
-            yield self._of_torchvision(), (3, 224, 224)
+            for size in ((96, 160), (224, 224), (300, 300)):
+                yield self._of_torchvision(), (3, *size)
             return
         cfg = timm.get_pretrained_cfg(self.name)
         channels, *native = cfg.input_size
@@ -112,14 +111,14 @@ def stage_like(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
     return [name for shape, name in last.items() if min(shape[1:]) > 1]
 
 
-def try_host(host: Host) -> list[dict]:
-    """A row for every place that was tried."""
+def try_host(host: Host, largest: float = 150) -> list[dict]:
+    """A row for every place that was tried; ``largest``: million parameters."""
 
     def row(place: str, outcome: str, reason: str = "") -> dict:
         return dict(zip(("library", "family", "model", "place", "outcome", "reason"), (*host, place, outcome, reason)))
 
-    if _size(host) > LARGEST:
-        return [row("", "left out", f"more than {LARGEST / 1e6:.0f} million parameters")]
+    if _size(host) > 1e6 * largest:
+        return [row("", "left out", f"more than {largest:.0f} million parameters")]
     rows = [row("", "left out", "takes none of the sizes tried")]
     for model, size in host.made():
         with torch.no_grad():
@@ -236,13 +235,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="wildcard of models")
     parser.add_argument("--file", type=Path, help="a table, whose other rows stay")
+    parser.add_argument("--largest", type=float, default=150, help="million parameters; larger models are left out")
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [host for host in hosts() if fnmatchcase(host.name, args.only)]
     rows = [row for row in read(args.file) if not fnmatchcase(row["model"], args.only)] if args.file else []
     for host in chosen:
         try:
-            rows += try_host(host)
+            rows += try_host(host, args.largest)
         except Exception as error:
             rows.append(dict(zip(("library", "family", "model"), host), place="", outcome="failed", reason=repr(error)))
         write(args.file, "hosts", rows)
