@@ -59,7 +59,7 @@ def test_one_route_is_asked_for_in_this_thread_alone():
 
 
 def test_what_is_no_route_is_refused():
-    with pytest.raises(ValueError, match="route='fast': must be one of auto, dense, flat, union"):
+    with pytest.raises(ValueError, match="route='fast': must be one of auto, dense, flat, union, flex"):
         with route("fast"):
             pass
 

@@ -45,6 +45,11 @@ PAPERS = {
     "2012.11747": ("He", "RealFormer", "RealFormer: Transformer Likes Residual Attention"),
     "2209.15001": ("Hassani", "DiNAT", "Dilated Neighborhood Attention Transformer"),
     "2310.01889": ("Liu", "ring attention", "Ring Attention with Blockwise Transformers for Near-Infinite Context"),
+    "2412.05496": (
+        "Dong",
+        "FlexAttention",
+        "Flex Attention: A Programming Model for Generating Optimized Attention Kernels",
+    ),
 }
 
 

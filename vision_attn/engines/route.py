@@ -3,6 +3,7 @@
 - ``dense``: one call of torch's attention with the pattern's N×N mask, which is made once and kept. For small grids.
 - ``flat``: one softmax over the concatenated scores of all key sets. For graphs, and for short groups on a CPU.
 - ``union``: a flash call for each key set, merged by log-sum-exp. For large grids.
+- ``flex``: one compiled call of FlexAttention, on CUDA, where it is asked for (`flex`).
 """
 
 import functools
@@ -17,7 +18,7 @@ from ..key_set import KeySet
 from ..pattern import Pattern
 from ..traced import is_traced
 
-ROUTES = ("auto", "dense", "flat", "union")
+ROUTES = ("auto", "dense", "flat", "union", "flex")
 LARGEST_DENSE = 1600  # positions
 SHORT = 24  # rows and columns up to which scores are concatenated
 # Fitted on a CPU to forward and backward at 14×14 and 20×20, in the time of a pair of a masked N×N call:
@@ -30,11 +31,11 @@ _taken: ContextVar[set[str] | None] = ContextVar("taken", default=None)
 
 @contextmanager
 def route(name: str = "auto") -> Iterator[set[str]]:
-    """A context in which patterns are computed by one route: the fastest (``auto``), ``dense``, ``flat`` or ``union``.
+    """A context in which patterns are computed by a route: the fastest (``auto``), or that of a name (`ROUTES`).
 
     It changes speed and memory, never the function. It holds in the thread that enters it, and gives the names of the
     routes that were taken in it. Where a route does not exist, the next simpler one is taken: ``flat`` for ``union``
-    where no kernel tells a log-sum-exp (in graphs, with dropout, in float64 on CUDA).
+    where no kernel tells a log-sum-exp (in graphs, with dropout, in float64 on CUDA), ``union`` for ``flex`` on a CPU.
 
     Raises:
         ValueError: there is no such route.

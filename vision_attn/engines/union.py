@@ -18,7 +18,8 @@ from ..kept import kept
 from ..key_set import Everything, KeySet, Only
 from ..pattern import All, Past, Pattern
 from ..precision import at_least_float32, is_slow, outside_autocast
-from ..traced import fixed, is_traced
+from ..traced import fixed, is_passing, is_traced
+from . import flex
 from .flash import BLOCKS, added, by_launches, hiding, kernel_for, mask_of, merged
 from .route import asked, dense_is_faster, flat_is_faster, note
 
@@ -54,6 +55,9 @@ def attend(
         out = out[:, :, prefix:]
     elif bias is None and _goes_dense(pattern, q.shape[1], grid, q.device):
         return _dense(q, k, v, grid, pattern, scale, dropout)
+    elif bias is None and dropout == 0 and asked() == "flex" and _takes_flex(q, pattern):
+        note("flex")
+        return flex.attend(q, k, v, grid, pattern, scale=scale)
     else:
         shares = pattern.shares(q.shape[1])
         heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
@@ -101,6 +105,12 @@ def _goes_dense(pattern, heads, grid, device) -> bool:
     if asked() == "auto":
         return not is_traced() and dense_is_faster(pattern, heads, grid, device)
     return asked() == "dense"
+
+
+def _takes_flex(q, pattern) -> bool:
+    """Whether FlexAttention is there, and the pattern sums up nothing."""
+    plain = type(pattern).known is Pattern.known
+    return plain and q.device.type == "cuda" and not is_passing(q.device)
 
 
 def _dense(q, k, v, grid, pattern, scale, dropout):
