@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import often
+from conftest import in_turn, often
 from torch.testing import assert_close
 from traced import EVERY, MIXERS, OTHERS, TRACED, WithPrefix, inputs
 
@@ -40,8 +40,7 @@ def test_a_layer_is_traced_without_gradients(case):
         assert_close(traced(x), layer(x), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("prefix, other", [(5, 2), (5, 7), (0, 3)])
-@pytest.mark.parametrize("case", often(MIXERS))
+@in_turn({"case": often(MIXERS), "prefix, other": [(5, 2), (5, 7), (0, 3)]})
 def test_a_traced_mixer_takes_any_grid_but_no_other_number_of_prefix_tokens(case, prefix, other):
     module = WithPrefix(case.block())
     traced = trace(module, inputs(case, TRACED, prefix, torch.float64))
