@@ -15,6 +15,7 @@ from zlib import crc32
 
 import pytest
 import torch
+from go_on import pytest_addoption, pytest_configure  # noqa: F401  hooks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -19,7 +19,7 @@ def all_that_applies():
     Quick is every property with each block's first options, and with its other options every third, in turn; the
     definition with all of them. Of those that take long, one with each of a few blocks.
     """
-    long = [each for each in PROPERTIES if each.slow]
+    long = [each for each in reversed(PROPERTIES) if each.slow]
     for number, each in enumerate(PROPERTIES):
         met = set()
         for place, case in enumerate(cases()):
