@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import GATES, MIXERS, alive, every_block, in_turn
+from conftest import GATES, MIXERS, alive, every_block, every_mixer, in_turn
 from torch import nn
 
 import backbones
@@ -249,27 +249,30 @@ def test_a_place_takes_a_block_once(block, host):
     assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
 
 
-def test_other_blocks_go_behind_the_first():
-    for host in ("resnet18", "vit_tiny_patch16_224", "regnety_002"):
-        model, x = made(host)
-        wanted, calls = model.eval()(x), {}
-        for block in list_blocks():
-            backbones.insert(model, block, HOSTS[host][2][-1])
-        for name, layer in layers(model).items():
-            layer.register_forward_hook(lambda m, args, out, name=name, calls=calls: calls.update({name: len(calls)}))
-        assert torch.equal(model(x), wanted)
-        assert [name.split(".attn_")[1] for name in calls] == list_blocks()
+THIRDS = [pytest.param(list_blocks()[start::3], id=f"from_{start}") for start in range(3)]
 
 
-def test_a_bad_option_leaves_the_model_as_it_was():
+@in_turn({"blocks": THIRDS, "host": ["resnet18", "vit_tiny_patch16_224", "regnety_002"]})
+def test_other_blocks_go_behind_the_first(blocks, host):
+    model, x = made(host)
+    wanted, calls = model.eval()(x), {}
+    for block in blocks:
+        backbones.insert(model, block, HOSTS[host][2][-1])
+    for name, layer in layers(model).items():
+        layer.register_forward_hook(lambda m, args, out, name=name: calls.update({name: len(calls)}))
+    assert torch.equal(model(x), wanted)
+    assert [name.split(".attn_")[1] for name in calls] == blocks
+
+
+@every_mixer
+def test_a_bad_option_leaves_the_model_as_it_was(block):
     """3 heads divide the 24 channels of the first stage, not the 56 of the second."""
-    for block in MIXERS:
-        model, x = made("regnety_002")
-        keys, wanted = list(model.state_dict()), model.eval()(x)
-        with pytest.raises(ValueError, match="num_heads=3: must divide dim=56"):
-            backbones.insert(model, block, num_heads=3)
-        assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
-        backbones.insert(model, block, num_heads=4)
+    model, x = made("regnety_002")
+    keys, wanted = list(model.state_dict()), model.eval()(x)
+    with pytest.raises(ValueError, match="num_heads=3: must divide dim=56"):
+        backbones.insert(model, block, num_heads=3)
+    assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
+    backbones.insert(model, block, num_heads=4)
 
 
 @pytest.mark.parametrize("block", ["nonsense", "cbamm"])
@@ -350,12 +353,12 @@ def test_models_of_torchvision(block):
         backbones.insert(model, block)
 
 
-def test_channels_type_and_device_are_those_of_the_model():
-    for block in list_blocks():
-        model = timm.create_model("resnet18", in_chans=5, num_classes=7, device="meta", dtype=torch.bfloat16)
-        backbones.insert(model, block)
-        assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
-        assert [layer.block.dim for layer in layers(model).values()] == [64, 128, 256, 512]
+@every_block
+def test_channels_type_and_device_are_those_of_the_model(block):
+    model = timm.create_model("resnet18", in_chans=5, num_classes=7, device="meta", dtype=torch.bfloat16)
+    backbones.insert(model, block)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert [layer.block.dim for layer in layers(model).values()] == [64, 128, 256, 512]
 
 
 @pytest.mark.parametrize("option, said", [("device", "cpu"), ("dtype", "torch.float32")])

@@ -100,11 +100,11 @@ def test_stochastic_depth(stock, args, size, block):
 # Where the block goes
 
 
-def test_gates_sit_in_every_slot_and_mixers_behind_two_stages():
-    for block in list_blocks():
-        places = {".".join(name.split(".")[:2]) for name in blocks_in(made("resnet18", block))}
-        everywhere = {f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)}
-        assert places == (everywhere if block in GATES else {"layer2.1", "layer3.1"})
+@every_block
+def test_gates_sit_in_every_slot_and_mixers_behind_two_stages(block):
+    places = {".".join(name.split(".")[:2]) for name in blocks_in(made("resnet18", block))}
+    everywhere = {f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)}
+    assert places == (everywhere if block in GATES else {"layer2.1", "layer3.1"})
 
 
 @in_turn({"block": list_blocks(), "stock, last": [("resnet50", "bn3"), ("cifar_resnet20", "bn2")]})
@@ -138,12 +138,12 @@ def test_behind_a_stage_of_a_resnet(block):
         assert torch.equal(stage(x), added(before)) and not torch.equal(before, with_block)
 
 
-def test_several_places_in_a_resnet():
-    for block in list_blocks():
-        model = made("resnet18", block, attn_at=["layer1", "layer[24].1", "layer*"])
-        stages = {f"layer{i}.1.attn_{block}" for i in (1, 2, 3, 4)}
-        assert set(blocks_in(model)) == stages | {"layer2.1.se", "layer4.1.se"}
-        assert made("resnet18", block, attn_at=("layer4.0",))(images((64, 64))).shape == (2, 7)
+@every_block
+def test_several_places_in_a_resnet(block):
+    model = made("resnet18", block, attn_at=["layer1", "layer[24].1", "layer*"])
+    stages = {f"layer{i}.1.attn_{block}" for i in (1, 2, 3, 4)}
+    assert set(blocks_in(model)) == stages | {"layer2.1.se", "layer4.1.se"}
+    assert made("resnet18", block, attn_at=("layer4.0",))(images((64, 64))).shape == (2, 7)
 
 
 @in_turn({"block": list_blocks(), "at": [None, "blocks.[6-9]*", "blocks.1*", ["blocks.0", "blocks.11"]]})
@@ -255,11 +255,11 @@ def test_prefix_tokens_are_counted(block, prefix):
     assert set(seen) == {Grid(5, 7)}
 
 
-def test_padded_patches_are_counted():
-    for block in list_blocks():
-        model = made("vit_tiny_patch4_32", block, depth=1, dynamic_img_size=True, dynamic_img_pad=True).eval()
-        seen = grids_seen(model)
-        assert model(images((21, 31))).shape == (2, 7) and set(seen) == {Grid(6, 8)}
+@every_block
+def test_padded_patches_are_counted(block):
+    model = made("vit_tiny_patch4_32", block, depth=1, dynamic_img_size=True, dynamic_img_pad=True).eval()
+    seen = grids_seen(model)
+    assert model(images((21, 31))).shape == (2, 7) and set(seen) == {Grid(6, 8)}
 
 
 # Features
@@ -325,10 +325,10 @@ def test_layer_in_a_slot_of_timm(block):
     assert all(type(model.get_submodule(name)) is OnMap for name in blocks_in(model))
 
 
-def test_blocks_of_a_vit_are_what_they_should_be():
-    for block in list_blocks():
-        model = made("vit_tiny_patch4_32", block, device="meta")
-        for name in blocks_in(model):
-            kind = OnTokens if block in GATES else Mixer
-            assert isinstance(model.get_submodule(name), kind)
+@every_block
+def test_blocks_of_a_vit_are_what_they_should_be(block):
+    model = made("vit_tiny_patch4_32", block, device="meta")
+    for name in blocks_in(model):
+        kind = OnTokens if block in GATES else Mixer
+        assert isinstance(model.get_submodule(name), kind)
     assert math.prod(backbones.attn_vit.vit_tiny_patch4_32().pos_embed.shape) == 65 * 192

@@ -7,7 +7,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import GATES, MIXERS, every_mixer, in_turn
+from conftest import GATES, MIXERS, every_block, every_mixer, in_turn
 from timm.layers import Attention, PatchDropout
 from timm.models.eva import EvaAttention
 from torch import nn
@@ -253,14 +253,14 @@ def test_squeeze_and_excite_gives_way_to_any_block(host, count, block):
     assert torch.equal(model(x), bare(x))  # the new layers are the identity until trained
 
 
-def test_part_of_the_squeeze_and_excite_layers():
-    for block in list_blocks():
-        model = timm.create_model("efficientnet_b0", num_classes=7)
-        report = backbones.replace(model, block, ["blocks.[12].*.se", "blocks.6"], init_gain=1.0)
-        places = [name for name, m in model.named_modules() if isinstance(m, OnMap)]
-        assert places == [f"blocks.{i}.{j}.se" for i, j in ((1, 0), (1, 1), (2, 0), (2, 1), (6, 0))]
-        assert all(model.get_submodule(name).gain == 1 for name in places)
-        assert {key.split(".block.")[0].removesuffix(".gain") for key in report.new} == set(places)
+@every_block
+def test_part_of_the_squeeze_and_excite_layers(block):
+    model = timm.create_model("efficientnet_b0", num_classes=7)
+    report = backbones.replace(model, block, ["blocks.[12].*.se", "blocks.6"], init_gain=1.0)
+    places = [name for name, m in model.named_modules() if isinstance(m, OnMap)]
+    assert places == [f"blocks.{i}.{j}.se" for i, j in ((1, 0), (1, 1), (2, 0), (2, 1), (6, 0))]
+    assert all(model.get_submodule(name).gain == 1 for name in places)
+    assert {key.split(".block.")[0].removesuffix(".gain") for key in report.new} == set(places)
 
 
 # Refusals
