@@ -28,7 +28,7 @@ def test_z(left_untidy):
 """
 
 
-@pytest.fixture(params=[0, 2])
+@pytest.fixture(params=[[], ["-p", "xdist", "-n", "2"]], ids=["alone", "xdist"])
 def run(request, tmp_path):
     """Runs a project of six tests, some of which fail: the exit status and the tests that ran."""
     project, ran = tmp_path / "project", tmp_path / "ran"
@@ -41,8 +41,8 @@ def run(request, tmp_path):
         if changed:
             (project / "more.txt").write_text("changed")
         ran.write_text("")
-        command = [sys.executable, "-m", "pytest", "--go-on", "-n", str(request.param)]
-        env = os.environ | {"RAN": str(ran), "FAILS": fails}
+        command = [sys.executable, "-m", "pytest", "--go-on", *request.param]
+        env = os.environ | {"RAN": str(ran), "FAILS": fails, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
         return done.returncode, "".join(sorted(ran.read_text().lower()))
 
@@ -56,12 +56,13 @@ def test_what_passed_is_left_out_until_all_has(run):
     assert run() == (0, "abcdez")
 
 
+@pytest.mark.parametrize("run", [[]], indirect=True)
 def test_a_change_anywhere_starts_anew(run):
     assert run(fails="b") == (1, "abcdez")
     assert run(changed=True) == (0, "abcdez")
 
 
-@pytest.mark.parametrize("run", [0], indirect=True)
+@pytest.mark.parametrize("run", [[]], indirect=True)
 def test_a_run_that_was_stopped_goes_on(run):
     assert run(fails="stop c") == (2, "abc")
     assert run(fails="stop e") == (2, "cde")

@@ -12,7 +12,7 @@ import backbones
 from vision_attn import OnMap, create_block, list_blocks
 
 
-@every_block
+@pytest.mark.parametrize("block", often(list_blocks()))
 def test_features_of_a_resnet(block):
     """torchvision's own function, told nothing of our layers, on its own and on timm's ResNet."""
     model = alive(backbones.insert(torchvision.models.resnet18(num_classes=7), block, "layer3")).eval()
