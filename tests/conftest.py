@@ -187,15 +187,14 @@ def in_turn(choices: dict[str, Iterable]) -> Callable:
     """
     first, *others = [[as_param(choice, "," in names) for choice in some] for names, some in choices.items()]
     combined = [joined(parts) for parts in itertools.product(*others)]
-    quick = [param for param in first if not is_slow(param)]
-    turns = min(len(quick), len(combined))
+    turns = min(sum(not is_slow(param) for param in first), len(combined))
 
     def decorate(test):
         place, params = crc32(test.__name__.encode()), []
         for one in first:
             for j, rest in enumerate(combined):
                 params.append(slow_unless(is_slow(one) or place % turns == j % turns, joined([one, rest])))
-            place += one in quick
+            place += not is_slow(one)
         return pytest.mark.parametrize(", ".join(choices), params)(test)
 
     return decorate

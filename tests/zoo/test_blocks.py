@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import OFTEN, Largest, block_of, cases, in_turn, short_name
+from conftest import OFTEN, Largest, block_of, cases, in_turn, is_slow, short_name
 
 from vision_attn import Grid, create_block, create_layer, describe, list_blocks
 from vision_attn.testing import PROPERTIES
@@ -39,6 +39,16 @@ def test_property(each, case, record_property):
     before = case.trials
     each.check(case)
     record_property(each.name, case.trials - before)
+
+
+def test_every_property_is_tried_with_every_block():
+    params = list(all_that_applies())
+    for each in PROPERTIES:
+        every, quick = (
+            {block_of(param.values[1]) for param in params if param.values[0] is each and not (few and is_slow(param))}
+            for few in (False, True)
+        )
+        assert quick and (each.slow or quick == every), each.name
 
 
 # What the zoo promises beyond them

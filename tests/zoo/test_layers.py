@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import chosen, in_turn
+from conftest import chosen, in_turn, often
 from torch import nn
 
 from vision_attn import OnMap, OnTokens, create_block, create_layer, layer, list_blocks
@@ -174,8 +174,9 @@ def test_a_resnet_learns_through_all_its_layers(block_name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_efficientnet_takes_a_layer(block_name):
-    model = timm.create_model("efficientnet_b0", num_classes=7, se_layer=layer(block_name)).eval()
+@pytest.mark.parametrize("block", often(list_blocks()))
+def test_efficientnet_takes_a_layer(block):
+    model = timm.create_model("efficientnet_b0", num_classes=7, se_layer=layer(block)).eval()
     layers = [module for module in model.modules() if isinstance(module, OnMap)]
     assert len(layers) == 16
     assert model(torch.randn(BATCH, 3, 67, 97)).isfinite().all()
