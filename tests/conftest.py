@@ -183,21 +183,27 @@ def in_turn(choices: dict[str, Iterable]) -> Callable:
     """As `pytest.mark.parametrize` for each argument, or several that go together, in all combinations.
 
     Each of the first choice meets one combination of the others, in turn, from where depends on the test, and each
-    combination one of the first choice, more where there are more; the rest is slow.
+    combination one of the first choice, more where there are more; the rest is slow. What is slow itself takes no turn.
     """
     first, *others = [[as_param(choice, "," in names) for choice in some] for names, some in choices.items()]
     combined = [joined(parts) for parts in itertools.product(*others)]
-    turns = min(sum(not is_slow(param) for param in first), len(combined))
+    turns = min(sum(not is_slow(param) for param in some) for some in (first, combined))
 
     def decorate(test):
-        place, params = crc32(test.__name__.encode()), []
-        for one in first:
-            for j, rest in enumerate(combined):
-                params.append(slow_unless(is_slow(one) or place % turns == j % turns, joined([one, rest])))
-            place += not is_slow(one)
+        pairs = itertools.product(numbered(first, crc32(test.__name__.encode())), numbered(combined, 0))
+        params = [
+            slow_unless(None not in (i, j) and i % turns == j % turns, joined([one, rest]))
+            for (i, one), (j, rest) in pairs
+        ]
         return pytest.mark.parametrize(", ".join(choices), params)(test)
 
     return decorate
+
+
+def numbered(params: list, start: int) -> list[tuple]:
+    """Each with its turn, or None."""
+    turn = itertools.count(start)
+    return [(None if is_slow(param) else next(turn), param) for param in params]
 
 
 def as_param(choice, several: bool = False):

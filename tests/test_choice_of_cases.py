@@ -30,8 +30,8 @@ def test_in_turn_everything_is_met_by_something(first):
 
 def test_what_is_slow_already_takes_no_turn():
     slow = pytest.param("b", marks=pytest.mark.slow)
-    every, quick = parametrized({"one": ["a", slow, "c"], "two": [2, 3]})
-    assert len(every) == 6 and quick in ([("a", 2), ("c", 3)], [("a", 3), ("c", 2)])
+    every, quick = parametrized({"one": ["a", slow, "c"], "two": [2, pytest.param(5, marks=pytest.mark.slow), 3]})
+    assert len(every) == 9 and quick in ([("a", 2), ("c", 3)], [("a", 3), ("c", 2)])
 
 
 def test_every_block_has_its_first_options_and_a_few_blocks_are_tried_more():

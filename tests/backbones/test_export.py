@@ -55,7 +55,8 @@ def of_ones_own(block, attn_kwargs):
     return nn.Sequential(nn.Conv2d(3, 24, 4, 4), create_layer(block, 24, **attn_kwargs), nn.Conv2d(24, 7, 3))
 
 
-HOSTS = [(vit, dict(dynamic_img_size=True)), (resnet, {}), (of_ones_own, {})]
+FREE = dict(dynamic_img_size=True)
+HOSTS = [(vit, FREE), (of_ones_own, {}), pytest.param(resnet, {}, marks=pytest.mark.slow)]
 
 
 @in_turn({"block": list_blocks(), "make, args": HOSTS})
@@ -342,7 +343,7 @@ def test_every_block_in_a_smaller_file(tmp_path, block, precision, opset, make, 
 @in_turn(
     {
         "precision, share, error": [("fp16", 0.7, 0.02), ("int8", 0.5, 0.2)],
-        "make, args": HOSTS[:2],
+        "make, args": [(resnet, {}), (vit, FREE)],
         "block": ["cbam", "criss_cross"],
     }
 )
