@@ -1,6 +1,6 @@
 # make demo   trains, exports and looks at a small model on real images; no download of data
 # make pixels trains a pixel-by-pixel model of digits, and draws some with it
-# make test   the test suite;  make test-all  also what is long
+# make test   the test suite;  make test-all  also what is long; stopped and called again, it goes on
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -29,7 +29,7 @@ test: install
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --go-on
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,12 +1,21 @@
-"""The registry as test cases: an argument named as in `CHOICES` runs over every block in every row of its options."""
+"""The registry as test cases: an argument named as in `CHOICES` runs over every block in every row of its options.
 
+What takes long runs with the first options of a block (`first_options`), and what has several arguments with a
+combination of them for each block, in turn (`in_turn`); all else of it is marked slow, for `make test-all`.
+"""
+
+import itertools
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
+from go_on import pytest_addoption, pytest_configure  # noqa: F401  hooks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -117,6 +126,7 @@ def case(name: str, **options) -> Case:
     return Case(block_class(name), options, frozenset().union(*unfelt))
 
 
+@cache
 def cases() -> list[Case]:
     """Every block with every row of its options, and causal where it can be."""
     rows = [(name, options) for name in list_blocks() for options in OPTIONS.get(name, [{}])]
@@ -138,12 +148,86 @@ def block_of(case: Case) -> str:
     return case.block_class.__module__.rpartition(".")[2]
 
 
+@cache
+def chosen(argument: str) -> list:
+    """The cases of `CHOICES`, as parameters of a test."""
+    return [pytest.param(case, id=short_name(case)) for case in cases() if CHOICES[argument](case)]
+
+
 def pytest_generate_tests(metafunc):
     for argument in CHOICES.keys() & set(metafunc.fixturenames):
-        chosen = [case for case in cases() if CHOICES[argument](case)]
-        metafunc.parametrize(argument, chosen, ids=map(short_name, chosen))
+        metafunc.parametrize(argument, chosen(argument))
     if "block_name" in metafunc.fixturenames:
         metafunc.parametrize("block_name", list_blocks())
+
+
+# What is left to `make test-all`
+
+
+def first_options(params: list) -> list:
+    """Cases as they are, all but the first of each block slow."""
+    first = {block_of(param.values[0]): param for param in reversed(params)}
+    return [slow_unless(param is first[block_of(param.values[0])], param) for param in params]
+
+
+def often(choices: Iterable) -> list:
+    """Cases or names of blocks, all but those of a few blocks slow."""
+    params = [as_param(choice) for choice in choices]
+    names = [one if isinstance(one, str) else block_of(one) for one in (param.values[0] for param in params)]
+    return [slow_unless(name in OFTEN, param) for name, param in zip(names, params)]
+
+
+def in_turn(choices: dict[str, Iterable]) -> Callable:
+    """As `pytest.mark.parametrize` for each argument, or several that go together, in all combinations.
+
+    Each of the first choice meets one combination of the others, in turn, from where depends on the test, and each
+    combination one of the first choice, more where there are more; the rest is slow. What is slow itself takes no turn.
+    """
+    first, *others = [[as_param(choice, "," in names) for choice in some] for names, some in choices.items()]
+    combined = [joined(parts) for parts in itertools.product(*others)]
+    turns = min(sum(not is_slow(param) for param in some) for some in (first, combined))
+
+    def decorate(test):
+        pairs = itertools.product(numbered(first, crc32(test.__name__.encode())), numbered(combined, 0))
+        params = [
+            slow_unless(None not in (i, j) and i % turns == j % turns, joined([one, rest]))
+            for (i, one), (j, rest) in pairs
+        ]
+        return pytest.mark.parametrize(", ".join(choices), params)(test)
+
+    return decorate
+
+
+def numbered(params: list, start: int) -> list[tuple]:
+    """Each with its turn, or None."""
+    turn = itertools.count(start)
+    return [(None if is_slow(param) else next(turn), param) for param in params]
+
+
+def as_param(choice, several: bool = False):
+    """With a name, which tells what it is of the values."""
+    param = choice if hasattr(choice, "marks") else pytest.param(*(choice if several else [choice]))
+    name = param.id or "-".join(filter(None, map(name_of, param.values)))
+    return pytest.param(*param.values, id=name, marks=param.marks)
+
+
+def name_of(value) -> str:
+    if isinstance(value, tuple | list):
+        return "-".join(map(name_of, value))
+    return "" if isinstance(value, dict) else getattr(value, "__name__", str(value))
+
+
+def joined(params):
+    values, marks = ([thing for param in params for thing in getattr(param, of)] for of in ("values", "marks"))
+    return pytest.param(*values, id="-".join(param.id for param in params), marks=marks)
+
+
+def slow_unless(quick: bool, param):
+    return pytest.param(*param.values, id=param.id, marks=[*param.marks, *([] if quick else [pytest.mark.slow])])
+
+
+def is_slow(param) -> bool:
+    return any(mark.name == "slow" for mark in param.marks)
 
 
 @pytest.fixture(autouse=True)

@@ -244,7 +244,7 @@ def failing_test(block: str | None) -> str:
         files, names = SHARED_TESTS, []
     paths = [str(TESTS / file) for file in files if (TESTS / file).exists()]
     failures = Failures()
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", *names]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *names]  # also the combinations that are marked slow
     pytest.main([*options, *paths], plugins=[failures])
     return failures.first
 

@@ -140,7 +140,11 @@ def test_the_page_of_the_mixers_shows_the_newest_table():
     assert shown == newest.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("size, crop_pct", [((32, 32), 1.0), ((61, 47), 0.9), ((23, 40), 0.875), ((299, 450), 0.95)])
+CROPS = [((61, 47), 0.9), ((23, 40), 0.875)]
+CROPS += [pytest.param(*crop, marks=pytest.mark.slow) for crop in (((32, 32), 1.0), ((299, 450), 0.95))]
+
+
+@pytest.mark.parametrize("size, crop_pct", CROPS)
 def test_the_exported_file_is_enough(tmp_path, size, crop_pct):
     """In a process of its own, which refuses every import but those of the snippet; images prepared as by timm."""
     (program,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "InferenceSession" in code]

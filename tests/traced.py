@@ -1,14 +1,16 @@
 """What is traced at one size, and then run at others."""
 
-import pytest
 import torch
-from conftest import OFTEN, block_of, cases, short_name
+from conftest import chosen, first_options
 from torch import nn
 
 from vision_attn import Grid
 from vision_attn.mixer import Mixer
 
 TRACED, OTHERS = (2, 8, 12), [(3, 7, 11), (1, 13, 9), (2, 1, 17), (1, 29, 31)]  # (batch, height, width)
+
+
+EVERY, MIXERS = (first_options(chosen(f"{kind}_case")) for kind in ("any", "mixer"))
 
 
 class WithPrefix(nn.Module):
@@ -20,26 +22,6 @@ class WithPrefix(nn.Module):
 
     def forward(self, prefix, x):
         return self.mixer(torch.cat([prefix, x.flatten(2).transpose(1, 2)], dim=1), Grid(*x.shape[2:]))
-
-
-def every_case():
-    """Every block with its first options, and those that `make test-all` tries with it."""
-    seen = set()
-    for case in cases():
-        marks = [pytest.mark.slow] if block_of(case) in seen else []
-        seen.add(block_of(case))
-        yield pytest.param(case, id=short_name(case), marks=marks)
-
-
-def often(params):
-    """All but a few blocks are left to `make test-all`."""
-    for param in params:
-        marks = [] if block_of(param.values[0]) in OFTEN else [pytest.mark.slow]
-        yield pytest.param(*param.values, id=param.id, marks=[*param.marks, *marks])
-
-
-def mixers(params):
-    return [param for param in params if param.values[0].is_mixer]
 
 
 def inputs(case, size, prefix=None, dtype=torch.float32):

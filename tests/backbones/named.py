@@ -3,9 +3,10 @@
 import pytest
 import timm
 import torch
+from conftest import in_turn
 
 import backbones  # noqa: F401  registers them
-from vision_attn import Mixer
+from vision_attn import Mixer, list_blocks
 from vision_attn.layout import Residual
 
 RESNETS = ["resnet18", "resnet50", "resnet101", "cifar_resnet20", "cifar_resnet32", "cifar_resnet56"]
@@ -18,8 +19,8 @@ SMALL = [
 ]
 CIFAR_AND_VIT = SMALL[1:]
 
-small_models = pytest.mark.parametrize("stock, args, size", SMALL)
-smallest_models = pytest.mark.parametrize("stock, args, size", CIFAR_AND_VIT)
+small_models = in_turn({"block": list_blocks(), "stock, args, size": SMALL})
+smallest_models = in_turn({"block": list_blocks(), "stock, args, size": CIFAR_AND_VIT})
 
 
 def made(stock, block, args=None, **more):

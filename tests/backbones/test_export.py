@@ -13,13 +13,13 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import GATES, OFTEN, alive, every_block
+from conftest import GATES, OPTIONS, alive, every_block, in_turn
 from torch import nn
 from torch.nn.utils import prune
 
 import backbones
 from backbones.export import describe_export
-from vision_attn import list_blocks
+from vision_attn import create_layer, list_blocks
 
 ROOT = Path(__file__).parents[2]
 SIZES = [(1, 40, 28), (3, 52, 44), (2, 4, 60)]  # not among those that export_onnx itself tries
@@ -51,17 +51,17 @@ def shape_of_input(path):
 # Right graphs
 
 
-def hosts_of_blocks():
-    """Every block in a ViT; in a ResNet, which takes longer, a few."""
-    for block in list_blocks():
-        yield pytest.param(vit, dict(dynamic_img_size=True), block, id=f"vit-{block}")
-        marks = () if block in OFTEN else pytest.mark.slow
-        yield pytest.param(resnet, {}, block, id=f"resnet-{block}", marks=marks)
+def of_ones_own(block, attn_kwargs):
+    return nn.Sequential(nn.Conv2d(3, 24, 4, 4), create_layer(block, 24, **attn_kwargs), nn.Conv2d(24, 7, 3))
 
 
-@pytest.mark.parametrize("make, args, block", list(hosts_of_blocks()))
+FREE = dict(dynamic_img_size=True)
+HOSTS = [(vit, FREE), (of_ones_own, {}), pytest.param(resnet, {}, marks=pytest.mark.slow)]
+
+
+@in_turn({"block": list_blocks(), "make, args": HOSTS})
 def test_every_block_exports_for_any_size(tmp_path, make, args, block):
-    model = alive(make(block, **args)).eval()
+    model = alive(make(block, attn_kwargs=OPTIONS.get(block, [{}])[0], **args)).eval()
     errors = backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36))
     assert len(errors) == 6 and all(0 <= error < 1e-4 for error in errors.values())
     assert all(height != 28 and width != 36 for _, height, width in list(errors)[1:])
@@ -340,9 +340,13 @@ def test_every_block_in_a_smaller_file(tmp_path, block, precision, opset, make, 
     backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36), precision=precision, opset=opset)
 
 
-@pytest.mark.parametrize("precision, share, error", [("fp16", 0.7, 0.02), ("int8", 0.5, 0.2)])
-@pytest.mark.parametrize("make, args", [(resnet, {}), (vit, dict(dynamic_img_size=True))], ids=["resnet", "vit"])
-@pytest.mark.parametrize("block", ["cbam", "criss_cross"])
+@in_turn(
+    {
+        "precision, share, error": [("fp16", 0.7, 0.02), ("int8", 0.5, 0.2)],
+        "make, args": [(resnet, {}), (vit, FREE)],
+        "block": ["cbam", "criss_cross"],
+    }
+)
 def test_smaller_files_keep_the_answers(tmp_path, precision, share, error, make, args, block):
     """cbam uses the weights of its perceptron twice, which onnxruntime's own quantiser turns around twice."""
     model = alive(make(block, **args)).eval()

@@ -4,19 +4,15 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import GATES, MIXERS, OFTEN, alive, every_block
+from conftest import GATES, MIXERS, alive, every_block, often
 from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import backbones
 from vision_attn import OnMap, create_block, list_blocks
 
-blocks_often = pytest.mark.parametrize(
-    "block", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in list_blocks()]
-)
 
-
-@every_block
+@pytest.mark.parametrize("block", often(list_blocks()))
 def test_features_of_a_resnet(block):
     """torchvision's own function, told nothing of our layers, on its own and on timm's ResNet."""
     model = alive(backbones.insert(torchvision.models.resnet18(num_classes=7), block, "layer3")).eval()
@@ -32,7 +28,7 @@ def test_features_of_a_resnet(block):
         assert torch.equal(found["block"], seen["block"])
 
 
-@blocks_often
+@pytest.mark.parametrize("block", often(list_blocks()))
 def test_features_of_a_resnet_with_blocks_in_its_own_slots(block):
     model = alive(timm.create_model(f"resnet18_{block}", num_classes=7)).eval()
     names = get_graph_node_names(model)[1]

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from conftest import GATES, MIXERS, OFTEN, alive, every_block
+from conftest import GATES, MIXERS, alive, every_block, in_turn, often
 from timm.models._manipulate import checkpoint_seq
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import backbones
-from vision_attn import Grid
+from vision_attn import Grid, list_blocks
 
 WIDE, TALL, LARGE = (12, 20), (20, 12), (28, 44)  # grids 3×5, 5×3 and 7×11
 if "criss_cross" in MIXERS:  # rows are not columns to it
@@ -49,9 +49,6 @@ HOW = {
                          MIXERS[0], "blocks.2", init_gain=0.5)
     ),
 }  # fmt: skip
-often = pytest.mark.parametrize(
-    "block", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in sorted(MIXERS + GATES)]
-)
 every_way = pytest.mark.parametrize("how", HOW)
 
 
@@ -122,9 +119,7 @@ def test_another_threads_grid_is_not_taken():
 # Gradient checkpointing
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("every", [1, 2])
-@every_way
+@in_turn({"how": HOW, "reentrant": [False, True], "every": [1, 2]})
 def test_several_sizes_before_one_backward(how, every, reentrant, monkeypatch):
     """As in training on several crops, with an evaluation in between."""
 
@@ -144,7 +139,7 @@ def test_several_sizes_before_one_backward(how, every, reentrant, monkeypatch):
         torch.testing.assert_close(parameter.grad, slope, rtol=1e-9, atol=1e-9)
 
 
-@often
+@pytest.mark.parametrize("block", often(list_blocks()))
 def test_a_late_backward_of_the_transposed_size(block):
     model, (x, other) = vit(block, depth=2), images(WIDE, TALL)
     wanted = [slopes(model, model(x).square().sum()), slopes(model, model(other).square().sum())]
@@ -420,8 +415,7 @@ def test_vmap_over_images():
     torch.testing.assert_close(torch.func.vmap(lambda image: model(image[None])[0])(x), model(x))
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@often
+@in_turn({"block": often(list_blocks()), "grad": [False, True]})
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 def test_a_trace_holds_for_its_size_and_refuses_others(block, grad):
     model, (x, other, large, again) = vit(block, depth=1), images(WIDE, TALL, LARGE, WIDE)

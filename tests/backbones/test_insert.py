@@ -3,12 +3,13 @@
 import copy
 import pickle
 import re
+from functools import cache
 
 import pytest
 import timm
 import torch
 import torchvision
-from conftest import GATES, MIXERS, alive, every_block
+from conftest import GATES, MIXERS, alive, every_block, every_mixer, in_turn
 from torch import nn
 
 import backbones
@@ -33,13 +34,18 @@ HOSTS = {
     ),
 }  # fmt: skip
 
-every_host = pytest.mark.parametrize("host", HOSTS)
-one_of_each_kind = pytest.mark.parametrize("block", GATES[:1] + MIXERS[-1:])
+every_host = in_turn({"host": HOSTS, "block": GATES[:1] + MIXERS[-1:]})
 
 
 def made(host, **more):
-    args, size, _ = HOSTS[host]
-    return alive(timm.create_model(host, num_classes=7, **{**args, **more})), torch.randn(2, 3, *size)
+    return copy.deepcopy(built(host, **more)), torch.randn(2, 3, *HOSTS[host][1])
+
+
+@cache
+def built(host, **more):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return alive(timm.create_model(host, num_classes=7, **{**HOSTS[host][0], **more}))
 
 
 def places(host, block):
@@ -59,8 +65,7 @@ def run(model, x):
 # The model stays what it was
 
 
-@every_block
-@every_host
+@in_turn({"block": list_blocks(), "host": HOSTS})
 def test_same_function_bit_for_bit(host, block):
     model, x = made(host, drop_rate=0.2, drop_path_rate=0.2)
     before, twin = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
@@ -81,8 +86,7 @@ def test_same_function_bit_for_bit(host, block):
     assert all(torch.equal(after[key], value) for key, value in twin.state_dict().items())  # running statistics too
 
 
-@pytest.mark.parametrize("block", GATES + MIXERS[:1])
-@pytest.mark.parametrize("prefix", [0, 1, 5])
+@in_turn({"prefix": [0, 1, 5], "block": GATES + MIXERS[:1]})
 def test_same_function_with_any_number_of_prefix_tokens(block, prefix):
     tokens = dict(class_token=prefix > 0, reg_tokens=max(0, prefix - 1), global_pool="avg")
     model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=(48, 80), num_classes=7, **tokens)
@@ -91,7 +95,6 @@ def test_same_function_with_any_number_of_prefix_tokens(block, prefix):
     assert torch.equal(model.eval()(x), twin.eval()(x))
 
 
-@one_of_each_kind
 @every_host
 def test_inserting_leaves_frozen_parts_frozen(host, block):
     model, _ = made(host)
@@ -109,7 +112,6 @@ def test_inserting_leaves_frozen_parts_frozen(host, block):
 # The layer does its work
 
 
-@one_of_each_kind
 @every_host
 def test_layer_sees_the_output_of_its_place_once(host, block):
     model, x = made(host)
@@ -141,7 +143,6 @@ def test_layer_sees_the_output_of_its_place_once(host, block):
         assert torch.equal(came, seen[name]) and torch.equal(went, after[name]) and not torch.equal(came, went)
 
 
-@one_of_each_kind
 @every_host
 def test_checkpointing_does_not_pass_the_layer_by(host, block):
     """Some hosts run the parts of a stage one by one when they checkpoint, and never call the stage."""
@@ -171,8 +172,7 @@ def test_one_step_trains_the_layer(block):
         assert layer.gain != 0 and all(p.grad is not None for p in layer.parameters()), name
 
 
-@every_block
-@pytest.mark.parametrize("host", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224"])
+@in_turn({"block": list_blocks(), "host": [host for host in HOSTS if host.startswith(("vit", "eva", "swin"))]})
 def test_any_size_where_the_host_takes_any_size(host, block):
     free = dict(strict_img_size=False) if host.startswith("swin") else dict(dynamic_img_size=True)
     model, x = made(host, **free)
@@ -186,21 +186,24 @@ def test_any_size_where_the_host_takes_any_size(host, block):
 # Where
 
 
-@every_block
-def test_places_by_name_wildcard_and_list(block):
-    def found(at, host="resnet18"):
-        return [name.removesuffix(f".attn_{block}") for name in layers(backbones.insert(made(host)[0], block, at))]
+PLACES = [
+    ("resnet18", "layer3", ["layer3.1"]),
+    ("resnet18", "layer3.*", ["layer3.0", "layer3.1"]),
+    ("resnet18", "layer[13].0", ["layer1.0", "layer3.0"]),
+    ("resnet18", ["layer4.0", "layer1"], ["layer1.1", "layer4.0"]),
+    ("resnet18", ("layer3", "layer3.1", "layer?"), [f"layer{i}.1" for i in (1, 2, 3, 4)]),  # each place once
+    ("resnet18", "layer2.0.conv2", ["layer2.0.conv2"]),
+    ("resnet18", "maxpool", ["maxpool"]),
+    ("vit_tiny_patch16_224", "blocks.1", ["blocks.1"]),
+    ("eva02_tiny_patch14_224", "blocks.*.attn", ["blocks.0.attn", "blocks.1.attn"]),
+    ("convnext_atto", "stages.2.blocks.[0-2]", [f"stages.2.blocks.{i}" for i in range(3)]),
+]
 
-    assert found("layer3") == ["layer3.1"]
-    assert found("layer3.*") == ["layer3.0", "layer3.1"]
-    assert found("layer[13].0") == ["layer1.0", "layer3.0"]
-    assert found(["layer4.0", "layer1"]) == ["layer1.1", "layer4.0"]
-    assert found(("layer3", "layer3.1", "layer?")) == [f"layer{i}.1" for i in (1, 2, 3, 4)]  # each place once
-    assert found("layer2.0.conv2") == ["layer2.0.conv2"]
-    assert found("maxpool") == ["maxpool"]
-    assert found("blocks.1", "vit_tiny_patch16_224") == ["blocks.1"]
-    assert found("blocks.*.attn", "eva02_tiny_patch14_224") == ["blocks.0.attn", "blocks.1.attn"]
-    assert found("stages.2.blocks.[0-2]", "convnext_atto") == [f"stages.2.blocks.{i}" for i in range(3)]
+
+@in_turn({"block": list_blocks(), "host, at, places": [pytest.param(*row, id=f"{row[0]}-{row[1]}") for row in PLACES]})
+def test_places_by_name_wildcard_and_list(block, host, at, places):
+    model = backbones.insert(made(host)[0], block, at)
+    assert list(layers(model)) == [f"{place}.attn_{block}" for place in places]
 
 
 def test_wildcards_do_not_cross_dots():
@@ -219,14 +222,13 @@ def test_a_layer_used_twice_in_one_place_is_one_hook():
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("at", ["layer5", "layer3.7", "layer3*.conv9", "", ["layer3", "stages.*"], []])
-def test_a_wrong_place_lists_the_right_ones_and_changes_nothing(at):
-    for block in list_blocks():
-        model, _ = made("resnet18")
-        keys = list(model.state_dict())
-        with pytest.raises(ValueError, match=r"at=.*layer1, layer2, layer3, layer4$"):
-            backbones.insert(model, block, at)
-        assert list(model.state_dict()) == keys and not layers(model)
+@in_turn({"block": list_blocks(), "at": ["layer5", "layer3.7", "layer3*.conv9", "", ["layer3", "stages.*"], []]})
+def test_a_wrong_place_lists_the_right_ones_and_changes_nothing(block, at):
+    model, _ = made("resnet18")
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"at=.*layer1, layer2, layer3, layer4$"):
+        backbones.insert(model, block, at)
+    assert list(model.state_dict()) == keys and not layers(model)
 
 
 @pytest.mark.parametrize("at", ["fc", "global_pool", "head", "layer3.0.drop_block.*"])
@@ -237,38 +239,40 @@ def test_what_is_no_map_and_no_tokens_is_refused(at):
     assert not layers(model)
 
 
-@every_block
-def test_a_place_takes_a_block_once(block):
-    for host in ("resnet18", "vit_tiny_patch16_224", "regnety_002"):
-        model, x = made(host)
+@in_turn({"block": list_blocks(), "host": ["resnet18", "vit_tiny_patch16_224", "regnety_002"]})
+def test_a_place_takes_a_block_once(block, host):
+    model, x = made(host)
+    backbones.insert(model, block, HOSTS[host][2][-1])
+    keys, wanted = list(model.state_dict()), model.eval()(x)
+    with pytest.raises(ValueError, match=f"{HOSTS[host][2][-1]} already has a {block}"):
+        backbones.insert(model, block, HOSTS[host][2])
+    assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
+
+
+THIRDS = [pytest.param(list_blocks()[start::3], id=f"from_{start}") for start in range(3)]
+
+
+@in_turn({"blocks": THIRDS, "host": ["resnet18", "vit_tiny_patch16_224", "regnety_002"]})
+def test_other_blocks_go_behind_the_first(blocks, host):
+    model, x = made(host)
+    wanted, calls = model.eval()(x), {}
+    for block in blocks:
         backbones.insert(model, block, HOSTS[host][2][-1])
-        keys, wanted = list(model.state_dict()), model.eval()(x)
-        with pytest.raises(ValueError, match=f"{HOSTS[host][2][-1]} already has a {block}"):
-            backbones.insert(model, block, HOSTS[host][2])
-        assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
+    for name, layer in layers(model).items():
+        layer.register_forward_hook(lambda m, args, out, name=name: calls.update({name: len(calls)}))
+    assert torch.equal(model(x), wanted)
+    assert [name.split(".attn_")[1] for name in calls] == blocks
 
 
-def test_other_blocks_go_behind_the_first():
-    for host in ("resnet18", "vit_tiny_patch16_224", "regnety_002"):
-        model, x = made(host)
-        wanted, calls = model.eval()(x), {}
-        for block in list_blocks():
-            backbones.insert(model, block, HOSTS[host][2][-1])
-        for name, layer in layers(model).items():
-            layer.register_forward_hook(lambda m, args, out, name=name, calls=calls: calls.update({name: len(calls)}))
-        assert torch.equal(model(x), wanted)
-        assert [name.split(".attn_")[1] for name in calls] == list_blocks()
-
-
-def test_a_bad_option_leaves_the_model_as_it_was():
+@every_mixer
+def test_a_bad_option_leaves_the_model_as_it_was(block):
     """3 heads divide the 24 channels of the first stage, not the 56 of the second."""
-    for block in MIXERS:
-        model, x = made("regnety_002")
-        keys, wanted = list(model.state_dict()), model.eval()(x)
-        with pytest.raises(ValueError, match="num_heads=3: must divide dim=56"):
-            backbones.insert(model, block, num_heads=3)
-        assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
-        backbones.insert(model, block, num_heads=4)
+    model, x = made("regnety_002")
+    keys, wanted = list(model.state_dict()), model.eval()(x)
+    with pytest.raises(ValueError, match="num_heads=3: must divide dim=56"):
+        backbones.insert(model, block, num_heads=3)
+    assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
+    backbones.insert(model, block, num_heads=4)
 
 
 @pytest.mark.parametrize("block", ["nonsense", "cbamm"])
@@ -305,18 +309,22 @@ def test_tokens_that_lack_the_prefix_are_refused(host, at):
 # Other models
 
 
-@every_block
-def test_feature_backbones(block):
+@in_turn(
+    {
+        "block": list_blocks(),
+        "host, at": [("resnet18", "layer2"), ("efficientnet_b0", "blocks.2"), ("convnext_atto", "stages_1")],
+    }
+)
+def test_feature_backbones(block, host, at):
     """Inserted after timm wrapped the model, a layer is part of the features of its stage and of all later ones."""
-    for host, at in (("resnet18", "layer2"), ("efficientnet_b0", "blocks.2"), ("convnext_atto", "stages_1")):
-        model, x = made(host, features_only=True)[0].eval(), torch.randn(2, 3, 67, 43)
-        before = model(x)
-        assert layers(backbones.insert(model, block, at))
-        assert all(torch.equal(a, b) for a, b in zip(model(x), before))
-        for layer in layers(model).values():
-            nn.init.constant_(layer.gain, 0.5)
-        changed = [not torch.equal(a, b) for a, b in zip(model(x), before)]
-        assert changed == sorted(changed) and 2 <= sum(changed) < len(changed)
+    model, x = made(host, features_only=True)[0].eval(), torch.randn(2, 3, 67, 43)
+    before = model(x)
+    assert layers(backbones.insert(model, block, at))
+    assert all(torch.equal(a, b) for a, b in zip(model(x), before))
+    for layer in layers(model).values():
+        nn.init.constant_(layer.gain, 0.5)
+    changed = [not torch.equal(a, b) for a, b in zip(model(x), before)]
+    assert changed == sorted(changed) and 2 <= sum(changed) < len(changed)
 
 
 @every_block
@@ -345,12 +353,12 @@ def test_models_of_torchvision(block):
         backbones.insert(model, block)
 
 
-def test_channels_type_and_device_are_those_of_the_model():
-    for block in list_blocks():
-        model = timm.create_model("resnet18", in_chans=5, num_classes=7, device="meta", dtype=torch.bfloat16)
-        backbones.insert(model, block)
-        assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
-        assert [layer.block.dim for layer in layers(model).values()] == [64, 128, 256, 512]
+@every_block
+def test_channels_type_and_device_are_those_of_the_model(block):
+    model = timm.create_model("resnet18", in_chans=5, num_classes=7, device="meta", dtype=torch.bfloat16)
+    backbones.insert(model, block)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert [layer.block.dim for layer in layers(model).values()] == [64, 128, 256, 512]
 
 
 @pytest.mark.parametrize("option, said", [("device", "cpu"), ("dtype", "torch.float32")])

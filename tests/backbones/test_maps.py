@@ -6,7 +6,7 @@ import numpy
 import pytest
 import timm
 import torch
-from conftest import GATES, MIXERS, every_block
+from conftest import GATES, MIXERS, every_block, often
 from PIL import Image
 from torch import nn
 
@@ -133,16 +133,16 @@ def test_models_with_inserted_blocks(block):
     }
 
 
-def test_some_of_the_blocks():
-    for block in list_blocks():
-        model, x = resnet(block, attn_at="layer*.1"), images(29, 37)
-        everywhere = backbones.attention_maps(model, x)
-        assert len(everywhere) == 3
-        some = backbones.attention_maps(model, x, at="layer[23].*")
-        assert list(some) == ["layer2.1.se.block", "layer3.1.se.block"]
-        assert all(torch.equal(some[name], everywhere[name]) for name in some)
-        with pytest.raises(ValueError, match=r"at='layer7': matches none of layer1\.1\.se\.block, layer2"):
-            backbones.attention_maps(model, x, at="layer7")
+@every_block
+def test_some_of_the_blocks(block):
+    model, x = resnet(block, attn_at="layer*.1"), images(29, 37)
+    everywhere = backbones.attention_maps(model, x)
+    assert len(everywhere) == 3
+    some = backbones.attention_maps(model, x, at="layer[23].*")
+    assert list(some) == ["layer2.1.se.block", "layer3.1.se.block"]
+    assert all(torch.equal(some[name], everywhere[name]) for name in some)
+    with pytest.raises(ValueError, match=r"at='layer7': matches none of layer1\.1\.se\.block, layer2"):
+        backbones.attention_maps(model, x, at="layer7")
 
 
 def test_a_model_without_a_block_is_refused():
@@ -194,11 +194,11 @@ def test_a_picture_of_the_maps(tmp_path, channels):
         assert picture.width < wide
 
 
-def test_a_picture_of_a_model(tmp_path):
-    for block in list_blocks():
-        x = torch.rand(2, 3, 20, 44)
-        maps = backbones.attention_maps(vit(block, dynamic_img_size=True), x)
-        assert backbones.draw_maps(x, maps, tmp_path / f"{block}.png").stat().st_size > 5000
+@pytest.mark.parametrize("block", often(list_blocks()))
+def test_a_picture_of_a_model(tmp_path, block):
+    x = torch.rand(2, 3, 20, 44)
+    maps = backbones.attention_maps(vit(block, dynamic_img_size=True), x)
+    assert backbones.draw_maps(x, maps, tmp_path / f"{block}.png").stat().st_size > 5000
 
 
 def test_a_position_is_drawn_where_it_is(tmp_path):

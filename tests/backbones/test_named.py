@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import GATES, MIXERS, alive, every_block, every_gate, every_mixer
+from conftest import GATES, MIXERS, alive, every_block, every_gate, every_mixer, in_turn
 from named import CIFAR_AND_VIT, RESNETS, VITS, blocks_in, images, made, small_models, smallest_models
 from timm.layers import Attention, DropPath, create_feature_extractor
 from torch import nn
@@ -41,7 +41,6 @@ def test_weights_are_those_of_the_stock_model(stock):
 # Building
 
 
-@every_block
 @small_models
 def test_classes_channels_and_gradients(stock, args, size, block):
     model = alive(made(stock, block, args, num_classes=5, in_chans=5)).train()
@@ -54,8 +53,7 @@ def test_classes_channels_and_gradients(stock, args, size, block):
     assert all(gain.grad.any() for gain in gains)
 
 
-@every_block
-@pytest.mark.parametrize("stock", ["resnet50", "resnet101", *VITS[:3]])
+@in_turn({"block": list_blocks(), "stock": ["resnet50", "resnet101", *VITS[:3]]})
 def test_large_models_are_made_without_memory(stock, block):
     model = made(stock, block, device="meta")
     assert model(torch.randn(2, 3, 224, 224, device="meta")).shape == (2, 7)
@@ -63,15 +61,13 @@ def test_large_models_are_made_without_memory(stock, block):
     assert blocks_in(model)
 
 
-@every_block
-@pytest.mark.parametrize("in_chans, num_classes", [(1, 3), (5, 0)])
+@in_turn({"block": list_blocks(), "in_chans, num_classes": [(1, 3), (5, 0)]})
 def test_gray_and_other_images(block, in_chans, num_classes):
     for stock, args, size in (case.values for case in CIFAR_AND_VIT):
         model = made(stock, block, args, in_chans=in_chans, num_classes=num_classes).eval()
         assert model(images(size, channels=in_chans)).shape == (2, num_classes or model.num_features)
 
 
-@every_block
 @smallest_models
 def test_another_head(stock, args, size, block):
     model = made(stock, block, args).eval()
@@ -82,17 +78,15 @@ def test_another_head(stock, args, size, block):
 
 
 @smallest_models
-def test_unknown_arguments_are_refused(stock, args, size):
-    for block in list_blocks():
-        with pytest.raises(TypeError, match="nonsense"):
-            made(stock, block, args, nonsense=1)
-        with pytest.raises(TypeError, match="nonsense"):
-            made(stock, block, args, attn_kwargs=dict(nonsense=1))
-        with pytest.raises(ValueError, match="attn_kwargs='nonsense=1': must be a dict"):
-            made(stock, block, args, attn_kwargs="nonsense=1")
+def test_unknown_arguments_are_refused(stock, args, size, block):
+    with pytest.raises(TypeError, match="nonsense"):
+        made(stock, block, args, nonsense=1)
+    with pytest.raises(TypeError, match="nonsense"):
+        made(stock, block, args, attn_kwargs=dict(nonsense=1))
+    with pytest.raises(ValueError, match="attn_kwargs='nonsense=1': must be a dict"):
+        made(stock, block, args, attn_kwargs="nonsense=1")
 
 
-@every_block
 @smallest_models
 def test_stochastic_depth(stock, args, size, block):
     model = alive(made(stock, block, args, drop_path_rate=0.5))
@@ -106,15 +100,14 @@ def test_stochastic_depth(stock, args, size, block):
 # Where the block goes
 
 
-def test_gates_sit_in_every_slot_and_mixers_behind_two_stages():
-    for block in list_blocks():
-        places = {".".join(name.split(".")[:2]) for name in blocks_in(made("resnet18", block))}
-        everywhere = {f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)}
-        assert places == (everywhere if block in GATES else {"layer2.1", "layer3.1"})
-
-
 @every_block
-@pytest.mark.parametrize("stock, last", [("resnet50", "bn3"), ("cifar_resnet20", "bn2")])
+def test_gates_sit_in_every_slot_and_mixers_behind_two_stages(block):
+    places = {".".join(name.split(".")[:2]) for name in blocks_in(made("resnet18", block))}
+    everywhere = {f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)}
+    assert places == (everywhere if block in GATES else {"layer2.1", "layer3.1"})
+
+
+@in_turn({"block": list_blocks(), "stock, last": [("resnet50", "bn3"), ("cifar_resnet20", "bn2")]})
 def test_in_the_slot_a_block_follows_the_last_norm_and_precedes_the_sum(stock, last, block):
     model = alive(made(stock, block, attn_at="layer3.*")).eval()
     assert blocks_in(model) == [f"layer3.{i}.se" for i in range(len(model.layer3))]
@@ -145,16 +138,15 @@ def test_behind_a_stage_of_a_resnet(block):
         assert torch.equal(stage(x), added(before)) and not torch.equal(before, with_block)
 
 
-def test_several_places_in_a_resnet():
-    for block in list_blocks():
-        model = made("resnet18", block, attn_at=["layer1", "layer[24].1", "layer*"])
-        stages = {f"layer{i}.1.attn_{block}" for i in (1, 2, 3, 4)}
-        assert set(blocks_in(model)) == stages | {"layer2.1.se", "layer4.1.se"}
-        assert made("resnet18", block, attn_at=("layer4.0",))(images((64, 64))).shape == (2, 7)
-
-
 @every_block
-@pytest.mark.parametrize("at", [None, "blocks.[6-9]*", "blocks.1*", ["blocks.0", "blocks.11"]])
+def test_several_places_in_a_resnet(block):
+    model = made("resnet18", block, attn_at=["layer1", "layer[24].1", "layer*"])
+    stages = {f"layer{i}.1.attn_{block}" for i in (1, 2, 3, 4)}
+    assert set(blocks_in(model)) == stages | {"layer2.1.se", "layer4.1.se"}
+    assert made("resnet18", block, attn_at=("layer4.0",))(images((64, 64))).shape == (2, 7)
+
+
+@in_turn({"block": list_blocks(), "at": [None, "blocks.[6-9]*", "blocks.1*", ["blocks.0", "blocks.11"]]})
 def test_places_in_a_vit(block, at):
     model = made("vit_tiny_patch4_32", block, attn_at=at, device="meta")
     wanted = {"blocks.[6-9]*": (6, 7, 8, 9), "blocks.1*": (1, 10, 11)}.get(str(at), (0, 11))
@@ -166,16 +158,14 @@ def test_places_in_a_vit(block, at):
     assert stock == [i for i in range(12) if i not in wanted or block in GATES]
 
 
-@every_block
-@pytest.mark.parametrize("at", ["layer5", "layer3.7", "layer3.0.conv1", "", ["layer3", "stage.*"], []])
+@in_turn({"block": list_blocks(), "at": ["layer5", "layer3.7", "layer3.0.conv1", "", ["layer3", "stage.*"], []]})
 def test_a_wrong_place_in_a_resnet_lists_the_right_ones(block, at):
     with pytest.raises(ValueError, match="^attn_at=") as refusal:
         made("resnet18", block, attn_at=at)
     assert "layer3" in str(refusal.value) and "layer4.1" in str(refusal.value)
 
 
-@every_block
-@pytest.mark.parametrize("at", ["layer3", "blocks.7", "", ["blocks.1", "block.0"], []])
+@in_turn({"block": list_blocks(), "at": ["layer3", "blocks.7", "", ["blocks.1", "block.0"], []]})
 def test_a_wrong_place_in_a_vit_lists_the_right_ones(block, at):
     with pytest.raises(ValueError, match="^attn_at=") as refusal:
         made("vit_tiny_patch4_32", block, depth=2, attn_at=at)
@@ -256,8 +246,7 @@ def test_a_size_that_varies_gives_what_a_fixed_size_gives(block):
         fixed(images((52, 20)))
 
 
-@every_block
-@pytest.mark.parametrize("prefix", [0, 1, 4])
+@in_turn({"block": list_blocks(), "prefix": [0, 1, 4]})
 def test_prefix_tokens_are_counted(block, prefix):
     tokens = dict(class_token=prefix > 0, reg_tokens=max(0, prefix - 1), global_pool="avg")
     model = alive(made("vit_tiny_patch4_32", block, depth=1, img_size=(20, 28), **tokens)).eval()
@@ -266,17 +255,16 @@ def test_prefix_tokens_are_counted(block, prefix):
     assert set(seen) == {Grid(5, 7)}
 
 
-def test_padded_patches_are_counted():
-    for block in list_blocks():
-        model = made("vit_tiny_patch4_32", block, depth=1, dynamic_img_size=True, dynamic_img_pad=True).eval()
-        seen = grids_seen(model)
-        assert model(images((21, 31))).shape == (2, 7) and set(seen) == {Grid(6, 8)}
+@every_block
+def test_padded_patches_are_counted(block):
+    model = made("vit_tiny_patch4_32", block, depth=1, dynamic_img_size=True, dynamic_img_pad=True).eval()
+    seen = grids_seen(model)
+    assert model(images((21, 31))).shape == (2, 7) and set(seen) == {Grid(6, 8)}
 
 
 # Features
 
 
-@every_block
 @small_models
 def test_intermediates_lead_to_the_output(stock, args, size, block):
     model, x = alive(made(stock, block, args)).eval(), images(size)
@@ -293,7 +281,6 @@ def test_features_are_listed_as_those_of_the_stock_model(stock):
         assert ours.channels() == plain.channels() and ours.reduction() == plain.reduction()
 
 
-@every_block
 @small_models
 def test_features_are_those_of_the_model(stock, args, size, block):
     indices = (0, 1) if stock.startswith("vit") else (1, 3)
@@ -338,10 +325,10 @@ def test_layer_in_a_slot_of_timm(block):
     assert all(type(model.get_submodule(name)) is OnMap for name in blocks_in(model))
 
 
-def test_blocks_of_a_vit_are_what_they_should_be():
-    for block in list_blocks():
-        model = made("vit_tiny_patch4_32", block, device="meta")
-        for name in blocks_in(model):
-            kind = OnTokens if block in GATES else Mixer
-            assert isinstance(model.get_submodule(name), kind)
+@every_block
+def test_blocks_of_a_vit_are_what_they_should_be(block):
+    model = made("vit_tiny_patch4_32", block, device="meta")
+    for name in blocks_in(model):
+        kind = OnTokens if block in GATES else Mixer
+        assert isinstance(model.get_submodule(name), kind)
     assert math.prod(backbones.attn_vit.vit_tiny_patch4_32().pos_embed.shape) == 65 * 192

@@ -16,7 +16,6 @@ COMPILED = [pytest.param(name, marks=() if name == "dense" else pytest.mark.slow
 compiled_block = pytest.mark.parametrize("block", COMPILED)
 
 
-@every_block
 @small_models
 def test_checkpointing_changes_nothing(stock, args, size, block):
     model = alive(made(stock, block, args)).train()
@@ -32,7 +31,6 @@ def test_checkpointing_changes_nothing(stock, args, size, block):
         assert torch.equal(a.grad, b.grad), name
 
 
-@every_block
 @small_models
 def test_autocast(stock, args, size, block):
     model, x = alive(made(stock, block, args)).train(), images(size)
@@ -44,7 +42,6 @@ def test_autocast(stock, args, size, block):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-@every_block
 @small_models
 def test_channels_last(stock, args, size, block):
     model, x = alive(made(stock, block, args)).eval(), images(size)
@@ -53,7 +50,6 @@ def test_channels_last(stock, args, size, block):
     torch.testing.assert_close(got, wanted)
 
 
-@every_block
 @smallest_models
 def test_copies_live_on_their_own(stock, args, size, block):
     """A deep copy, an average and a pickle give the same answers, after the original has seen another size."""

@@ -3,10 +3,12 @@
 import pytest
 import timm
 import torch
-from conftest import GATES, MIXERS, alive, every_block, every_mixer
+from conftest import GATES, MIXERS, alive, every_mixer, in_turn
 from named import blocks_in, images, made, smallest_models
 from safetensors.torch import save_file
 from timm.models import load_checkpoint, save_for_hf
+
+from vision_attn import list_blocks
 
 
 def of_one_shape(ours, theirs) -> set[str]:
@@ -35,8 +37,7 @@ WITH_WEIGHTS = [
 ]
 
 
-@every_block
-@pytest.mark.parametrize("stock, args, size", WITH_WEIGHTS)
+@in_turn({"block": list_blocks(), "stock, args, size": WITH_WEIGHTS})
 def test_stock_weights_load_and_only_the_block_is_new(tmp_path, stock, args, size, block):
     plain, path = stock_file(tmp_path, stock, args, ".pth" if block in GATES else ".safetensors")
     model = loaded(f"{stock}_{block}", path, **args)
@@ -52,8 +53,7 @@ def test_stock_weights_load_and_only_the_block_is_new(tmp_path, stock, args, siz
         torch.testing.assert_close(model(x), plain(x))
 
 
-@every_block
-@pytest.mark.parametrize("stock, args, size", WITH_WEIGHTS)
+@in_turn({"block": list_blocks(), "stock, args, size": WITH_WEIGHTS})
 def test_stock_weights_fit_as_they_fit_the_stock_model(tmp_path, stock, args, size, block):
     """Other classes and other channels; another size of a ViT: what timm does to the stock weights it does here."""
     _, path = stock_file(tmp_path, stock, args)
@@ -67,17 +67,16 @@ def test_stock_weights_fit_as_they_fit_the_stock_model(tmp_path, stock, args, si
     assert model(images(more.get("img_size", size), channels=1)).isfinite().all()
 
 
-@every_block
-@pytest.mark.parametrize(
-    "stock, key",
-    [
-        ("cifar_resnet20", "layer3.1.bn2.weight"),
-        ("cifar_resnet20", "fc.bias"),
-        ("vit_tiny_patch4_32", "blocks.1.norm2.bias"),
-        ("vit_tiny_patch4_32", "blocks.1.attn.qkv.weight"),
-        ("vit_tiny_patch4_32", "blocks.0.attn.proj.bias"),
-    ],
-)
+KEYS = [
+    ("cifar_resnet20", "layer3.1.bn2.weight"),
+    ("cifar_resnet20", "fc.bias"),
+    ("vit_tiny_patch4_32", "blocks.1.norm2.bias"),
+    ("vit_tiny_patch4_32", "blocks.1.attn.qkv.weight"),
+    ("vit_tiny_patch4_32", "blocks.0.attn.proj.bias"),
+]
+
+
+@in_turn({"block": list_blocks(), "stock, key": KEYS})
 def test_a_stock_file_that_lacks_a_weight_is_refused(tmp_path, stock, key, block):
     args = dict(depth=2) if stock.startswith("vit") else {}
     model = timm.create_model(f"{stock}_{block}", **args)
@@ -88,12 +87,11 @@ def test_a_stock_file_that_lacks_a_weight_is_refused(tmp_path, stock, key, block
         loaded(f"{stock}_{block}", path, **args)
 
 
-@every_block
-def test_a_stock_file_with_something_else_is_refused(tmp_path, block):
-    for stock, args in (("cifar_resnet20", {}), ("vit_tiny_patch4_32", dict(depth=2))):
-        _, path = stock_file(tmp_path, stock, args, surplus=torch.zeros(1))
-        with pytest.raises(RuntimeError, match="surplus"):
-            loaded(f"{stock}_{block}", path, **args)
+@in_turn({"block": list_blocks(), "stock, args": [("cifar_resnet20", {}), ("vit_tiny_patch4_32", dict(depth=2))]})
+def test_a_stock_file_with_something_else_is_refused(tmp_path, stock, args, block):
+    _, path = stock_file(tmp_path, stock, args, surplus=torch.zeros(1))
+    with pytest.raises(RuntimeError, match="surplus"):
+        loaded(f"{stock}_{block}", path, **args)
 
 
 @every_mixer
@@ -106,7 +104,6 @@ def test_queries_of_another_width_are_new_and_the_rest_is_loaded(tmp_path, block
     assert model(images((32, 32))).isfinite().all()
 
 
-@every_block
 @smallest_models
 def test_own_weights_load_whole(tmp_path, stock, args, size, block):
     model = alive(made(stock, block, args, num_classes=10)).eval()
@@ -125,7 +122,6 @@ def test_own_weights_of_other_options_are_refused(tmp_path):
         loaded("cifar_resnet20_dense", path)
 
 
-@every_block
 @smallest_models
 def test_saved_for_the_hub_and_back(tmp_path, stock, args, size, block):
     at = ["blocks.1"] if stock.startswith("vit") else ["layer2", "layer3.1"]
@@ -139,7 +135,6 @@ def test_saved_for_the_hub_and_back(tmp_path, stock, args, size, block):
     assert torch.equal(again(x), model(x))
 
 
-@every_block
 @smallest_models
 def test_checkpoint_of_a_distributed_run(tmp_path, stock, args, size, block):
     model = alive(made(stock, block, args)).eval()

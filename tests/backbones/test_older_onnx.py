@@ -5,8 +5,8 @@ import io
 import onnxruntime
 import pytest
 import torch
-from conftest import block_of
-from traced import OTHERS, TRACED, WithPrefix, every_case, inputs, mixers, often
+from conftest import block_of, often
+from traced import EVERY, MIXERS, OTHERS, TRACED, WithPrefix, inputs
 
 from vision_attn.layout import OnMap
 
@@ -38,7 +38,7 @@ def assert_same_answers(run, module, case, sizes, prefix=None):
             torch.testing.assert_close(run(*args), module(*args), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", every_case())
+@pytest.mark.parametrize("case", EVERY)
 def test_a_layer_for_any_size(case):
     layer = case.layer().float()
     sizes = [TRACED, *OTHERS]
@@ -50,19 +50,19 @@ SEVEN = dict(dim=35, num_heads=7, key_dim=35)
 
 def shared_unevenly():
     """Blocks whose patterns have shares of seven heads that differ."""
-    for param in mixers(every_case()):
+    for param in MIXERS:
         block = param.values[0].new(**SEVEN, device="meta")
         if hasattr(block, "pattern") and len(set(block.pattern.shares(7))) > 1:
             yield param
 
 
-@pytest.mark.parametrize("case", shared_unevenly())
+@pytest.mark.parametrize("case", list(shared_unevenly()))
 def test_heads_that_patterns_share_unevenly(case):
     layer, x = OnMap(case.new(**SEVEN), init_gain=0.7).eval(), torch.randn(2, 35, 7, 11)
     torch.testing.assert_close(export(layer, (x,), free=False)(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", often(every_case()))
+@pytest.mark.parametrize("case", often(EVERY))
 def test_a_layer_for_one_size(case):
     layer = case.layer().float()
     run = export(layer, inputs(case, TRACED), free=False)
@@ -71,7 +71,7 @@ def test_a_layer_for_one_size(case):
         run(*inputs(case, OTHERS[0]))
 
 
-@pytest.mark.parametrize("case", often(mixers(every_case())))
+@pytest.mark.parametrize("case", often(MIXERS))
 def test_a_mixer_with_prefix_tokens(case):
     module = WithPrefix(case.block().float())
     run = export(module, inputs(case, TRACED, prefix=5))
@@ -81,7 +81,7 @@ def test_a_mixer_with_prefix_tokens(case):
 
 
 @pytest.mark.parametrize("opset", [pytest.param(14, marks=pytest.mark.slow), 20])
-@pytest.mark.parametrize("case", often(every_case()))
+@pytest.mark.parametrize("case", often(EVERY))
 def test_other_opsets(case, opset):
     layer = case.layer().float()
     run = export(layer, inputs(case, TRACED), opset)

@@ -7,7 +7,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import GATES, MIXERS, every_block, every_mixer
+from conftest import GATES, MIXERS, every_block, every_mixer, in_turn
 from timm.layers import Attention, PatchDropout
 from timm.models.eva import EvaAttention
 from torch import nn
@@ -99,8 +99,7 @@ def test_dense_is_the_attention_of_an_eva_without_rotary_positions():
             close(model(x), wanted)
 
 
-@every_mixer
-@pytest.mark.parametrize("fused", [True, False])
+@in_turn({"block": MIXERS, "fused": [True, False]})
 def test_an_eva_hands_over_its_projections_but_not_its_positions(block, fused):
     model, x = made("eva02_tiny_patch14_224", **EVA, qkv_fused=fused), images(42, 70)
     old = copy.deepcopy(model.blocks[0].attn)
@@ -179,20 +178,20 @@ def test_the_block_inherits_the_settings_of_the_attention(block):
     assert all(s.num_heads == 4 and s.proj_drop.p == 0.5 for part in other.blocks for s in part.attn.steps)
 
 
-def test_dropout_of_attention_is_inherited_or_refused():
-    for block in MIXERS:
-        model, x = made("vit_tiny_patch16_224", **VIT, attn_drop_rate=0.5), images(48, 80)
-        wanted, keys = model(x), list(model.state_dict())
-        if block in ATTN_DROP_REFUSED:
-            with pytest.raises(ValueError, match="attn_drop=0.5"):
-                backbones.replace(model, block)
-            assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
-            backbones.replace(model, block, attn_drop=0.0)
-            assert model(x).isfinite().all()
-        else:
+@every_mixer
+def test_dropout_of_attention_is_inherited_or_refused(block):
+    model, x = made("vit_tiny_patch16_224", **VIT, attn_drop_rate=0.5), images(48, 80)
+    wanted, keys = model(x), list(model.state_dict())
+    if block in ATTN_DROP_REFUSED:
+        with pytest.raises(ValueError, match="attn_drop=0.5"):
             backbones.replace(model, block)
-            assert all(step.attn_drop == 0.5 for part in model.blocks for step in part.attn.steps)
-            assert not torch.equal(model.train()(x), model(x))
+        assert list(model.state_dict()) == keys and torch.equal(model(x), wanted)
+        backbones.replace(model, block, attn_drop=0.0)
+        assert model(x).isfinite().all()
+    else:
+        backbones.replace(model, block)
+        assert all(step.attn_drop == 0.5 for part in model.blocks for step in part.attn.steps)
+        assert not torch.equal(model.train()(x), model(x))
 
 
 @every_mixer
@@ -232,10 +231,10 @@ def test_a_second_block_takes_the_place_of_part_of_the_rest():
 # Squeeze and excite
 
 
-@every_block
-@pytest.mark.parametrize(
-    "host, count", [("efficientnet_b0", 16), ("regnety_002", 13), ("mobilenetv3_small_050", 9), ("seresnet18", 8)]
-)
+SQUEEZED = [("efficientnet_b0", 16), ("regnety_002", 13), ("mobilenetv3_small_050", 9), ("seresnet18", 8)]
+
+
+@in_turn({"block": list_blocks(), "host, count": SQUEEZED})
 def test_squeeze_and_excite_gives_way_to_any_block(host, count, block):
     model = timm.create_model(host, num_classes=7).eval()
     places = [n for n, m in model.named_modules() if n.split(".")[-1] == "se" and not isinstance(m, nn.Identity)]
@@ -254,23 +253,23 @@ def test_squeeze_and_excite_gives_way_to_any_block(host, count, block):
     assert torch.equal(model(x), bare(x))  # the new layers are the identity until trained
 
 
-def test_part_of_the_squeeze_and_excite_layers():
-    for block in list_blocks():
-        model = timm.create_model("efficientnet_b0", num_classes=7)
-        report = backbones.replace(model, block, ["blocks.[12].*.se", "blocks.6"], init_gain=1.0)
-        places = [name for name, m in model.named_modules() if isinstance(m, OnMap)]
-        assert places == [f"blocks.{i}.{j}.se" for i, j in ((1, 0), (1, 1), (2, 0), (2, 1), (6, 0))]
-        assert all(model.get_submodule(name).gain == 1 for name in places)
-        assert {key.split(".block.")[0].removesuffix(".gain") for key in report.new} == set(places)
+@every_block
+def test_part_of_the_squeeze_and_excite_layers(block):
+    model = timm.create_model("efficientnet_b0", num_classes=7)
+    report = backbones.replace(model, block, ["blocks.[12].*.se", "blocks.6"], init_gain=1.0)
+    places = [name for name, m in model.named_modules() if isinstance(m, OnMap)]
+    assert places == [f"blocks.{i}.{j}.se" for i, j in ((1, 0), (1, 1), (2, 0), (2, 1), (6, 0))]
+    assert all(model.get_submodule(name).gain == 1 for name in places)
+    assert {key.split(".block.")[0].removesuffix(".gain") for key in report.new} == set(places)
 
 
 # Refusals
 
 
-@every_block
-@pytest.mark.parametrize(
-    "at", ["blocks.2.attn", "blocks.*.mlp", "attn", "", ["blocks.0", "stages.*"], [], "blocks.0.attn.qkv"]
-)
+WRONG = ["blocks.2.attn", "blocks.*.mlp", "attn", "", ["blocks.0", "stages.*"], [], "blocks.0.attn.qkv"]
+
+
+@in_turn({"block": list_blocks(), "at": WRONG})
 def test_a_wrong_place_lists_the_right_ones_and_changes_nothing(block, at):
     model = timm.create_model("vit_tiny_patch16_224", **VIT)
     keys = list(model.state_dict())

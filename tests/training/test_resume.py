@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from conftest import in_turn
 from pictures import make_shards
 from scripts import CLASSIFY, PIXELS, equal, finish, load, options, rows, standing, start
 
@@ -45,8 +46,7 @@ def stop_after(monkeypatch, task, passes):
     monkeypatch.setattr(task, "loss", counted)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("script", RUNS)
+@in_turn({"script": RUNS, "workers": [0, 2]})
 def test_stopped_at_any_step(script, workers, whole, tmp_path, monkeypatch, capsys):
     options_, task = RUNS[script]
     argv = [*options_, "--output", str(tmp_path), "--resume", "auto", "--keep", "1"]

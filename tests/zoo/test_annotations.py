@@ -4,10 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_annotated_shapes_hold():
-    chosen = "(definition or reference or mask or identity) and not any_size"
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "not slow", "-k", chosen]
+WHICH = {"quick": ["-m", "not slow", "-k", "float32 or on_tokens"]}
+WHICH["all"] = ["-k", "(definition or reference or mask or identity) and not any_size"]
+
+
+@pytest.mark.parametrize("which", ["quick", pytest.param("all", marks=pytest.mark.slow)])
+def test_annotated_shapes_hold(which):
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", *WHICH[which]]
     command += [
         "--jaxtyping-packages=vision_attn,beartype.beartype",
         "tests/zoo/test_blocks.py",

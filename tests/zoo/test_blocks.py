@@ -2,25 +2,35 @@
 
 import pytest
 import torch
-from conftest import OFTEN, Largest, block_of, cases, short_name
+from conftest import OFTEN, Largest, block_of, cases, in_turn, is_slow, short_name
 
-from vision_attn import Grid, create_block, create_layer, describe
+from vision_attn import Grid, create_block, create_layer, describe, list_blocks
 from vision_attn.testing import PROPERTIES
 from vision_attn.testing.case import HEADS, VALUE
+from vision_attn.testing.exact import fast_path_is_the_definition
 from vision_attn.zoo import block_class
 
 # The properties
 
 
 def all_that_applies():
-    """Every property with every case; those that take long with a few blocks and their first options alone."""
-    for each in PROPERTIES:
-        left = set(OFTEN)
-        for case in cases():
+    """Every property with every case, those that are slow included.
+
+    Quick is every property with each block's first options, and with its other options every third, in turn; the
+    definition with all of them. Of those that take long, one with each of a few blocks.
+    """
+    long = [each for each in reversed(PROPERTIES) if each.slow]
+    for number, each in enumerate(PROPERTIES):
+        met = set()
+        for place, case in enumerate(cases()):
             if each.applies(case):
-                long = each.slow and block_of(case) not in left
-                left.discard(block_of(case))
-                marks = [pytest.mark.slow] if long else []
+                block, first = block_of(case), block_of(case) not in met
+                met.add(block)
+                if each.slow:
+                    quick = first and block in OFTEN and long[OFTEN.index(block) % len(long)] is each
+                else:
+                    quick = first or each.check is fast_path_is_the_definition or (place + number) % 3 == 0
+                marks = [] if quick else [pytest.mark.slow]
                 yield pytest.param(each, case, id=f"{each.name}-{short_name(case)}", marks=marks)
 
 
@@ -29,6 +39,16 @@ def test_property(each, case, record_property):
     before = case.trials
     each.check(case)
     record_property(each.name, case.trials - before)
+
+
+def test_every_property_is_tried_with_every_block():
+    params = list(all_that_applies())
+    for each in PROPERTIES:
+        every, quick = (
+            {block_of(param.values[1]) for param in params if param.values[0] is each and not (few and is_slow(param))}
+            for few in (False, True)
+        )
+        assert quick and (each.slow or quick == every), each.name
 
 
 # What the zoo promises beyond them
@@ -43,13 +63,13 @@ def test_no_matrix_of_all_pairs_is_made_forward_or_backward(mixer_case):
     assert largest.size < HEADS * grid.size**2 / 2
 
 
-@pytest.mark.parametrize("dim", [1, 31, 37, 67])
-def test_any_width_has_defaults(block_name, dim):
-    if dim == 1 and block_name in ("factored", "per_head"):  # three patterns can't share one channel
+@in_turn({"block": list_blocks(), "dim": [1, 31, 37, 67]})
+def test_any_width_has_defaults(block, dim):
+    if dim == 1 and block in ("factored", "per_head"):  # three patterns can't share one channel
         with pytest.raises(ValueError, match="num_heads=1: must be ≥ 3"):
-            create_layer(block_name, dim)
+            create_layer(block, dim)
         return
-    layer = create_layer(block_name, dim)
+    layer = create_layer(block, dim)
     assert layer(torch.randn(2, dim, 5, 3)).shape == (2, dim, 5, 3)
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import MIXERS
+from conftest import MIXERS, chosen, in_turn
 
 from vision_attn import Grid, create_block
 from vision_attn.engines.cache import PatternCache
 from vision_attn.testing.case import BATCH
 
+CAUSAL = chosen("causal_case")
 SMALL = [Grid(5, 7), Grid(11, 3), Grid(2, 7), Grid(1, 5), Grid(3, 1), Grid(1, 1)]
 
 
@@ -16,16 +17,16 @@ def stepped(block, x, grid, **options):
     return torch.stack([block.step(x[:, i], i, cache) for i in range(grid.size)], dim=1), cache
 
 
-@pytest.mark.parametrize("grid", SMALL)
-def test_steps_are_the_forward_pass(causal_case, grid):
-    block, x = causal_case.block(), causal_case.input(grid, prefix=0)
+@in_turn({"case": CAUSAL, "grid": SMALL})
+def test_steps_are_the_forward_pass(case, grid):
+    block, x = case.block(), case.input(grid, prefix=0)
     out, _ = stepped(block, x, grid)
     torch.testing.assert_close(out, block(x, grid), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("grid", SMALL[:2])
-def test_the_whole_past_gives_the_same(causal_case, grid):
-    block, x = causal_case.block(), causal_case.input(grid, prefix=0)
+@in_turn({"case": CAUSAL, "grid": SMALL[:2]})
+def test_the_whole_past_gives_the_same(case, grid):
+    block, x = case.block(), case.input(grid, prefix=0)
     try:
         out, cache = stepped(block, x, grid, full=True)
     except ValueError as refusal:  # a state is all it knows of the past

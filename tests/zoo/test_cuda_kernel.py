@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import chosen, in_turn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -137,9 +138,9 @@ def assert_as_good_as_plain(step, grid, prefix, dtype):
         assert error <= 2 * allowed + least, f"{grid} with {prefix} prefix tokens, {dtype}: {error} > 2 * {allowed}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_merging_on_cuda_is_as_good_as_the_plain_formula(mixer_case, dtype, double):
-    for step in merging_steps(mixer_case):
+@in_turn({"case": chosen("mixer_case"), "dtype": DTYPES})
+def test_merging_on_cuda_is_as_good_as_the_plain_formula(case, dtype, double):
+    for step in merging_steps(case):
         for grid, prefix in QUICK.items():
             assert_as_good_as_plain(step, grid, prefix, dtype)
 

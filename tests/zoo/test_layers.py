@@ -5,30 +5,31 @@ import copy
 import pytest
 import timm
 import torch
+from conftest import chosen, in_turn, often
 from torch import nn
 
-from vision_attn import OnMap, OnTokens, create_block, create_layer, layer
+from vision_attn import OnMap, OnTokens, create_block, create_layer, layer, list_blocks
 from vision_attn.testing.case import BATCH, GRIDS, PREFIXES
 
 GRID = GRIDS[-1]
 DIM = 37
+EVERY, DTYPES = chosen("any_case"), [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 # Identity
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_new_layer_is_bit_for_bit_the_identity(any_case, dtype, training):
-    new = OnMap(any_case.new()).to(dtype).train(training)
+@in_turn({"case": EVERY, "training": [False, True], "dtype": DTYPES})
+def test_new_layer_is_bit_for_bit_the_identity(case, dtype, training):
+    new = OnMap(case.new()).to(dtype).train(training)
     x = torch.randn(BATCH, new.block.dim, *GRID, dtype=dtype)
     out = new(x)
     assert torch.equal(out, x) and out.dtype == dtype and out.shape == x.shape
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_new_layer_is_the_identity_under_autocast(any_case, training):
-    new = OnMap(any_case.new()).train(training)
+@in_turn({"case": EVERY, "training": [False, True]})
+def test_new_layer_is_the_identity_under_autocast(case, training):
+    new = OnMap(case.new()).train(training)
     for dtype in (torch.float32, torch.bfloat16):  # a map from the input, or from a convolution under autocast
         x = torch.randn(BATCH, new.block.dim, *GRID, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16):
@@ -36,9 +37,9 @@ def test_new_layer_is_the_identity_under_autocast(any_case, training):
         assert torch.equal(out, x) and out.dtype == dtype
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_new_layer_on_tokens_is_bit_for_bit_the_identity(any_case, prefix):
-    new = OnTokens(any_case.block().train())
+@in_turn({"case": EVERY, "prefix": PREFIXES})
+def test_new_layer_on_tokens_is_bit_for_bit_the_identity(case, prefix):
+    new = OnTokens(case.block().train())
     x = torch.randn(BATCH, prefix + GRID.size, new.block.dim, dtype=torch.float64)
     assert torch.equal(new(x, GRID), x)
 
@@ -94,9 +95,9 @@ def test_on_tokens_a_gate_leaves_prefix_tokens_alone(gate_case, prefix):
     assert torch.equal(on_tokens(x, GRID)[:, prefix:], out[:, prefix:])
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_on_tokens_a_mixer_is_applied_once_to_all(mixer_case, prefix):
-    on_tokens = OnTokens(mixer_case.block(), init_gain=0.7).double()
+@in_turn({"case": chosen("mixer_case"), "prefix": PREFIXES})
+def test_on_tokens_a_mixer_is_applied_once_to_all(case, prefix):
+    on_tokens = OnTokens(case.block(), init_gain=0.7).double()
     x = torch.randn(BATCH, prefix + GRID.size, on_tokens.block.dim, dtype=torch.float64)
     expected = x + on_tokens.gain * on_tokens.block(x, GRID)
     torch.testing.assert_close(on_tokens(x, tuple(GRID)), expected, rtol=1e-12, atol=1e-12)
@@ -112,17 +113,22 @@ def test_channels_last_maps_give_the_same(any_case):
 # Bad input
 
 
-@pytest.mark.parametrize("shape", [(BATCH, DIM, 13), (DIM, 13, 17), (BATCH, DIM + 1, 13, 17), (BATCH, 13, 17, DIM)])
-def test_a_map_of_another_shape_is_refused(block_name, shape):
+@in_turn(
+    {
+        "block": list_blocks(),
+        "shape": [(BATCH, DIM, 13), (DIM, 13, 17), (BATCH, DIM + 1, 13, 17), (BATCH, 13, 17, DIM)],
+    }
+)
+def test_a_map_of_another_shape_is_refused(block, shape):
     with pytest.raises(ValueError) as refusal:
-        create_layer(block_name, DIM)(torch.randn(shape))
+        create_layer(block, DIM)(torch.randn(shape))
     assert str(shape) in str(refusal.value) and f"C={DIM}" in str(refusal.value)
 
 
-@pytest.mark.parametrize("shape", [(BATCH, DIM), (BATCH, DIM, 13, 17), (BATCH, 221, DIM + 1)])
-def test_tokens_of_another_shape_are_refused(block_name, shape):
+@in_turn({"block": list_blocks(), "shape": [(BATCH, DIM), (BATCH, DIM, 13, 17), (BATCH, 221, DIM + 1)]})
+def test_tokens_of_another_shape_are_refused(block, shape):
     with pytest.raises(ValueError) as refusal:
-        OnTokens(create_block(block_name, DIM))(torch.randn(shape), GRID)
+        OnTokens(create_block(block, DIM))(torch.randn(shape), GRID)
     assert str(shape) in str(refusal.value) and f"C={DIM}" in str(refusal.value)
 
 
@@ -168,8 +174,9 @@ def test_a_resnet_learns_through_all_its_layers(block_name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_efficientnet_takes_a_layer(block_name):
-    model = timm.create_model("efficientnet_b0", num_classes=7, se_layer=layer(block_name)).eval()
+@pytest.mark.parametrize("block", often(list_blocks()))
+def test_efficientnet_takes_a_layer(block):
+    model = timm.create_model("efficientnet_b0", num_classes=7, se_layer=layer(block)).eval()
     layers = [module for module in model.modules() if isinstance(module, OnMap)]
     assert len(layers) == 16
     assert model(torch.randn(BATCH, 3, 67, 97)).isfinite().all()

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import in_turn, often
 from torch.testing import assert_close
-from traced import OTHERS, TRACED, WithPrefix, every_case, inputs, mixers, often
+from traced import EVERY, MIXERS, OTHERS, TRACED, WithPrefix, inputs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch would rather have its newer ways used
@@ -15,7 +16,7 @@ def trace(module, args):
     return torch.jit.trace(module, args, check_trace=False)  # which would trace three times
 
 
-@pytest.mark.parametrize("case", every_case())
+@pytest.mark.parametrize("case", EVERY)
 def test_a_traced_layer_is_right_at_any_size_with_its_gradients(case):
     layer = case.layer()
     traced = trace(layer, inputs(case, TRACED, dtype=torch.float64))
@@ -29,7 +30,7 @@ def test_a_traced_layer_is_right_at_any_size_with_its_gradients(case):
         assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("case", often(every_case()))
+@pytest.mark.parametrize("case", often(EVERY))
 @torch.no_grad()
 def test_a_layer_is_traced_without_gradients(case):
     layer = case.layer()
@@ -39,8 +40,7 @@ def test_a_layer_is_traced_without_gradients(case):
         assert_close(traced(x), layer(x), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("prefix, other", [(5, 2), (5, 7), (0, 3)])
-@pytest.mark.parametrize("case", often(mixers(every_case())))
+@in_turn({"case": often(MIXERS), "prefix, other": [(5, 2), (5, 7), (0, 3)]})
 def test_a_traced_mixer_takes_any_grid_but_no_other_number_of_prefix_tokens(case, prefix, other):
     module = WithPrefix(case.block())
     traced = trace(module, inputs(case, TRACED, prefix, torch.float64))

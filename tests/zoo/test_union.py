@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import chosen, in_turn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vision_attn import Grid, create_block
@@ -47,10 +48,9 @@ def outputs_and_gradients(step, tensors, grid):
     return [out, *torch.autograd.grad(out, tensors, direction.to(out.dtype))]
 
 
-@pytest.mark.parametrize("prefix", [0, 3])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_both_routes_give_the_same(pattern_case, grid, prefix, monkeypatch, calls):
-    for step in pattern_case.block().steps:
+@in_turn({"case": chosen("pattern_case"), "grid": GRIDS, "prefix": [0, 3]})
+def test_both_routes_give_the_same(case, grid, prefix, monkeypatch, calls):
+    for step in case.block().steps:
         tensors = inputs(grid, prefix)
         merged = outputs_and_gradients(step, tensors, grid)
         used = calls["forward"]
@@ -126,11 +126,11 @@ def test_channels_need_not_lie_side_by_side(pattern_case):
             torch.testing.assert_close(t, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_in_half_precision_are_as_good_as_torchs(pattern_case, dtype):
+@in_turn({"case": chosen("pattern_case"), "dtype": [torch.bfloat16, torch.float16]})
+def test_gradients_in_half_precision_are_as_good_as_torchs(case, dtype):
     """Within twice the error of the plain formula in the same type, the rule of FlashAttention's own tests."""
     grid = Grid(13, 17)
-    for step in pattern_case.block().steps:
+    for step in case.block().steps:
         if getattr(step, "relative", None) is not None:
             continue
         tensors = [t.to(dtype) for t in inputs(grid)]
