@@ -135,9 +135,7 @@ def cases() -> list[Case]:
     return [case(name, **options) for name, options in rows]
 
 
-CHOICES = {
-    **{f"{kind}_case": applies for kind, applies in KINDS.items()},
-}
+CHOICES = {f"{kind}_case": applies for kind, applies in KINDS.items()}
 
 
 def short_name(case: Case) -> str:

@@ -1,6 +1,7 @@
 """FlexAttention's rule and blocks of a pattern, by its plain form: there is no backward of it without a GPU."""
 
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -32,23 +33,19 @@ def steps(case):
             yield step
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("grid", GRIDS)
-def test_the_rule_is_that_of_the_pattern(pattern_case, grid, prefix):
-    tokens = prefix + grid.size
-    for step in steps(pattern_case):
+def test_the_rule_is_that_of_the_pattern(pattern_case):
+    for step, grid, prefix in product(steps(pattern_case), GRIDS, PREFIXES):
+        tokens = prefix + grid.size
         rule = flex.rule_of(step.pattern, HEADS, grid, prefix, prefix)
         head, query, key = torch.arange(HEADS)[:, None, None], torch.arange(tokens)[:, None], torch.arange(tokens)
         seen = rule(0, head, query, key).expand(HEADS, -1, -1)
         assert torch.equal(seen, step.pattern.head_masks(HEADS, grid, prefix))
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("grid", GRIDS)
-def test_blocks_are_those_of_the_mask(pattern_case, grid, prefix, monkeypatch):
+def test_blocks_are_those_of_the_mask(pattern_case, monkeypatch):
     monkeypatch.setattr(flex, "BLOCK", 16)
-    tokens = prefix + grid.size
-    for step in steps(pattern_case):
+    for step, grid, prefix in product(steps(pattern_case), GRIDS, PREFIXES):
+        tokens = prefix + grid.size
         some, which, whole, which_whole, unseen = flex._blocks(
             step.pattern, HEADS, grid, tokens, tokens, torch.device("cpu")
         )
