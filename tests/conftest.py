@@ -53,6 +53,7 @@ OPTIONS = {
     "low_rank": [{}, {"l2_norm": True}],
     "memory_compressed": [{}, {"stride": (2, 5)}],
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
+    "nystrom": [{}, {"cells": (2, 3), "iterations": 5}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
     "strided": [{}, {"split_heads": True}],
     "synthesizer": [

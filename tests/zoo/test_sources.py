@@ -43,6 +43,11 @@ PAPERS = {
     "2007.14062": ("Zaheer", "Big Bird", "Big Bird: Transformers for Longer Sequences"),
     "2009.14794": ("Choromanski", "Performer", "Rethinking Attention with Performers"),
     "2012.11747": ("He", "RealFormer", "RealFormer: Transformer Likes Residual Attention"),
+    "2102.03902": (
+        "Xiong",
+        "Nyströmformer",
+        "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention",
+    ),
     "2209.15001": ("Hassani", "DiNAT", "Dilated Neighborhood Attention Transformer"),
     "2310.01889": ("Liu", "ring attention", "Ring Attention with Blockwise Transformers for Near-Infinite Context"),
 }
