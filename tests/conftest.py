@@ -55,6 +55,7 @@ OPTIONS = {
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
     "nystrom": [{}, {"cells": (2, 3), "iterations": 5}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
+    "prob_sparse": [{}, {"factor": 2, "cells": (2, 3)}],
     "strided": [{}, {"split_heads": True}],
     "synthesizer": [
         {"length": (5, 7)},

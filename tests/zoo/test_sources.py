@@ -43,6 +43,11 @@ PAPERS = {
     "2007.14062": ("Zaheer", "Big Bird", "Big Bird: Transformers for Longer Sequences"),
     "2009.14794": ("Choromanski", "Performer", "Rethinking Attention with Performers"),
     "2012.11747": ("He", "RealFormer", "RealFormer: Transformer Likes Residual Attention"),
+    "2012.07436": (
+        "Zhou",
+        "Informer",
+        "Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting",
+    ),
     "2102.03902": (
         "Xiong",
         "Nyströmformer",
