@@ -26,6 +26,7 @@ OPTIONS = {
     "adaptive_span": [{}, {"span": 4, "ramp": 1.5}, {"span": 3, "include_self": False}],
     "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}],
     "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],
+    "bilevel": [{"tile": 3, "routes": 2}],
     "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
     "dilated": [
