@@ -52,6 +52,7 @@ OPTIONS = {
     ],
     "longformer": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
     "low_rank": [{}, {"l2_norm": True}],
+    "luna": [{"memory": 5}],
     "memory_compressed": [{}, {"stride": (2, 5)}],
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
     "nystrom": [{}, {"cells": (2, 3), "iterations": 5}],

@@ -54,6 +54,7 @@ PAPERS = {
         "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention",
     ),
     "2103.02143": ("Peng", "RFA", "Random Feature Attention"),
+    "2106.01540": ("Ma", "Luna", "Luna: Linear Unified Nested Attention"),
     "2209.15001": ("Hassani", "DiNAT", "Dilated Neighborhood Attention Transformer"),
     "2303.08810": ("Zhu", "BiFormer", "BiFormer: Vision Transformer with Bi-Level Routing Attention"),
     "2310.01889": ("Liu", "ring attention", "Ring Attention with Blockwise Transformers for Near-Infinite Context"),

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import check
-from ..engines.kernel import Recurrence, attend, attend_past, state, with_ones
+from ..engines.kernel import Recurrence, attend, attend_in_order, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
 from ..precision import at_least_float32, outside_autocast, weight_of
@@ -91,21 +91,21 @@ class Block(Mixer):
     def mix(self, q, k, v, grid):
         with outside_autocast(v):
             q, k, values = self.phi(q), self.phi(k), with_ones(v.to(at_least_float32(v)))
-            if not self.causal:
-                return quotient(attend(q, k, values)).to(v.dtype)
-            (first_q, q), (first_k, k), (first, values) = (
-                t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in (q, k, values)
-            )
-            out = attend_past(q, k, values, state(first_k, first))
-            return quotient(torch.cat([attend(first_q, first_k, first), out], dim=2)).to(v.dtype)
+            prefix = grid.prefix_of(q.shape[2])
+            out = attend_in_order(q, k, values, prefix) if self.causal else attend(q, k, values)
+            return quotient(out).to(v.dtype)
 
-    def phi(self, x: Float[Tensor, "B heads *tokens d"]) -> Float[Tensor, "B heads *tokens 2*features"]:
+    def phi(self, x: Float[Tensor, "B heads tokens d"]) -> Float[Tensor, "B heads tokens 2*features"]:
         """φ(x̂), in at least float32."""
         x = x.to(at_least_float32(x))
         unit = x / (x.norm(dim=-1, keepdim=True) + 1e-3)  # the authors' ε
         directions = (self.omega.to(x.dtype) * self.sigma.to(x.dtype)[:, None]).transpose(-2, -1)
-        turned = unit @ directions if x.ndim == 4 else (unit[:, :, None] @ directions)[:, :, 0]
+        turned = unit @ directions
         return torch.cat([turned.sin(), turned.cos()], dim=-1) * self.omega.shape[1] ** -0.5
+
+    def phi_of_one(self, x: Float[Tensor, "B heads d"]) -> Float[Tensor, "B heads 2*features"]:
+        """`phi` of one position."""
+        return self.phi(x[:, :, None])[:, :, 0]
 
     def weights(self, q, k, grid):
         w = self.sigma.to(q.dtype)[:, None] * self.omega.to(q.dtype)
@@ -124,7 +124,7 @@ class Block(Mixer):
             raise ValueError("full=True: the state is all that random feature attention knows of the past")
         weight, channels = weight_of(self.qkv), (2 * self.omega.shape[1], self.dim // self.num_heads + 1)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-        return State(self.phi, self.phi, batch, self.num_heads, *channels, **factory)
+        return State(self.phi_of_one, self.phi_of_one, batch, self.num_heads, *channels, **factory)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, features={self.omega.shape[1]}"
