@@ -43,6 +43,7 @@ OPTIONS = {
     "global_memory": [{"memory": 5, "chunk": (2, 3)}],
     "global_tokens": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
     "hand_crafted": [{}, {"patterns": ("left", "up", "column")}],
+    "inducing_points": [{"points": 5}],
     "interlaced_sparse": [{}, {"factor": (2, 3)}],
     "light_non_local": [{}, {"ratio": 1.0, "stride": 3}],
     "linformer": [

@@ -14,6 +14,7 @@ PAPERS = {
     "1706.03762": ("Vaswani", "Transformer", "Attention Is All You Need"),
     "1801.10198": ("Liu", "T-DMCA", "Generating Wikipedia by Summarizing Long Sequences"),
     "1807.06521": ("Woo", "CBAM", "CBAM: Convolutional Block Attention Module"),
+    "1810.00825": ("Lee", "Set Transformer", "Set Transformer: Attention-based Permutation-Invariant Neural Networks"),
     "1810.10182": ("Yang", "Localness", "Modeling Localness for Self-Attention Networks"),
     "1811.11721": ("Huang", "CCNet", "CCNet: Criss-Cross Attention for Semantic Segmentation"),
     "1812.01243": ("Shen", "Efficient Attention", "Efficient Attention: Attention with Linear Complexities"),
