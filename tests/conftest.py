@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 
 # Options that make a block more itself, at sizes that fit the suite. A block that is not here: with its defaults.
 OPTIONS = {
+    "adaptive_connection": [{"edges": 5, "width": 3}],
     "adaptive_span": [{}, {"span": 4, "ramp": 1.5}, {"span": 3, "include_self": False}],
     "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}],
     "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],

@@ -30,6 +30,7 @@ PAPERS = {
     "1912.00835": ("Mehta", "LAMA", "Low Rank Factorization for Compact Multi-Head Self-Attention"),
     "1912.12180": ("Ho", "Axial Transformer", "Axial Attention in Multidimensional Transformers"),
     "2003.02436": ("Shazeer", "Talking-Heads Attention", "Talking-Heads Attention"),
+    "2003.09833": ("Li", "SAC", "SAC: Accelerating and Structuring Self-Attention via Sparse Adaptive Connection"),
     "2004.01961": ("Li", "AutoNL", "Neural Architecture Search for Lightweight Non-Local Networks"),
     "2004.05150": ("Beltagy", "Longformer", "Longformer: The Long-Document Transformer"),
     "2004.08483": ("Ainslie", "ETC", "ETC: Encoding Long and Structured Inputs in Transformers"),
