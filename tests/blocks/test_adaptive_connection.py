@@ -19,7 +19,7 @@ def random_qkv(tokens=GRID.size):
 
 def scores(block, q, k, grid):
     """g of all pairs, from the means of each row and each column, (B, heads, N, H, W)."""
-    (row_q, row_k), (column_q, column_k) = block.scorer
+    (row_q, column_q), (row_k, column_k) = block.of_queries, block.of_keys
     image = k.unflatten(2, grid)
     rows, columns = (image @ row_k[:, None]).mean(dim=3), (image @ column_k[:, None]).mean(dim=2)
     return (q @ row_q @ rows.mT)[..., :, None] + (q @ column_q @ columns.mT)[..., None, :]
@@ -52,7 +52,7 @@ def test_a_pixel_looks_along_its_edges_with_its_score_added(prefix):
 
 def test_with_as_many_edges_as_pixels_and_a_scorer_that_says_nothing_it_is_dense_attention():
     block, (q, k, v) = new(edges=GRID.size), random_qkv()
-    torch.nn.init.zeros_(block.scorer)
+    torch.nn.init.zeros_(block.of_queries)
     expected = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(block.mix(q, k, v, GRID), expected, rtol=1e-11, atol=1e-13)
 
@@ -70,7 +70,7 @@ def test_the_scorer_learns_which_pixels_to_rank_higher():
     def share():
         return (block.choose(q, k, GRID) % 11 == 4).double().mean()
 
-    before, optimizer = share(), torch.optim.Adam([block.scorer], lr=0.05)
+    before, optimizer = share(), torch.optim.Adam([block.of_queries, block.of_keys], lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
         (-block.mix(q, k, v, GRID).mean()).backward()

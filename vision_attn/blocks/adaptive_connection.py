@@ -50,13 +50,14 @@ class Block(Mixer):
         check.positive_int("width", width)
         super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
         self.edges = edges
-        size = 2, 2, self.num_heads, self.key_dim // self.num_heads, width
-        self.scorer = nn.Parameter(torch.empty(size, device=device, dtype=dtype))  # of rows, columns; of queries, keys
+        size = 2, self.num_heads, self.key_dim // self.num_heads, width  # for rows and for columns
+        self.of_queries, self.of_keys = (nn.Parameter(torch.empty(size, device=device, dtype=dtype)) for _ in range(2))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws the scorer's projections from N(0, 1 / channels of a key)."""
-        nn.init.normal_(self.scorer, std=self.scorer.shape[3] ** -0.5)
+        for projection in (self.of_queries, self.of_keys):
+            nn.init.normal_(projection, std=projection.shape[2] ** -0.5)
 
     @torch.no_grad()
     def choose(
@@ -69,12 +70,9 @@ class Block(Mixer):
 
     def scores(self, q, k, grid):
         """The two parts of g: of each pixel for rows (B, heads, N, H) and for columns (B, heads, N, W)."""
-        of_queries, of_keys = self.scorer.to(q.dtype).transpose(0, 1).unbind()  # (2, heads, d, width) each
-        image = k.unflatten(2, (grid.height, grid.width))
-        return [
-            (q @ of_query) @ (image.mean(dim=axis) @ of_key).transpose(-2, -1)
-            for axis, of_query, of_key in zip((3, 2), of_queries, of_keys)
-        ]
+        means = (k.unflatten(2, (grid.height, grid.width)).mean(dim=axis) for axis in (3, 2))
+        projections = zip(self.of_queries.to(q.dtype).unbind(), self.of_keys.to(q.dtype).unbind(), means)
+        return [(q @ of_query) @ (mean @ of_key).transpose(-2, -1) for of_query, of_key, mean in projections]
 
     @torch.no_grad()
     def best(self, of_rows, of_columns):
@@ -102,9 +100,11 @@ class Block(Mixer):
             bias = bias.masked_fill(chosen < 0, -torch.inf)
             near_k, near_v = (rows(t, seen.flatten(2)).unflatten(2, (grid.size, self.edges)) for t in (keys, values))
             logits = self.scale * (query[..., None, :] @ near_k.transpose(-2, -1))[..., 0, :] + bias
+            if not prefix:  # onnxruntime leaves a product over nothing as the memory was
+                weights = F.dropout(logits.softmax(dim=-1), self.dropout)
+                return (weights[..., None, :] @ near_v)[..., 0, :].to(v.dtype)
             logits = torch.cat([self.scale * query @ first_k.transpose(-2, -1), logits], dim=-1)
-            weights = F.dropout(logits.softmax(dim=-1), self.dropout)
-            to_first, to_near = weights.split([prefix, self.edges], dim=-1)
+            to_first, to_near = F.dropout(logits.softmax(dim=-1), self.dropout).split([prefix, self.edges], dim=-1)
             out = to_first @ first_v + (to_near[..., None, :] @ near_v)[..., 0, :]
             first = flash(first_q, k.to(wide), v.to(wide), dropout_p=self.dropout, scale=self.scale)
             return torch.cat([first, out], dim=2).to(v.dtype)
@@ -113,7 +113,7 @@ class Block(Mixer):
         prefix = grid.prefix_of(q.shape[2])
         y, x = (c.flatten().to(q.device) for c in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
         g = 0
-        for (of_queries, of_keys), place in zip(self.scorer.to(q.dtype), (y, x)):
+        for of_queries, of_keys, place in zip(self.of_queries.to(q.dtype), self.of_keys.to(q.dtype), (y, x)):
             same = (place[:, None] == place).to(q.dtype)  # the pixels of its row, or column, for each pixel
             means = torch.einsum("ij,bnjd,ndw->bniw", same / same.sum(dim=1), k[:, :, prefix:], of_keys)
             g = g + torch.einsum("bnid,ndw,bnjw->bnij", q[:, :, prefix:], of_queries, means)
@@ -124,4 +124,4 @@ class Block(Mixer):
         return (self.scale * torch.einsum("bnid,bnjd->bnij", q, k) + bias).softmax(dim=-1)
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, edges={self.edges}, width={self.scorer.shape[4]}"
+        return f"{super().extra_repr()}, edges={self.edges}, width={self.of_keys.shape[3]}"

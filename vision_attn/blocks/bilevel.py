@@ -95,13 +95,13 @@ class Block(Mixer):
         def keys(t):
             """Prefix tokens and the pixels of the chosen tiles, (b, tiles, keys, d)."""
             found = rows(self.folded(t[:, :, prefix:], grid).flatten(2), of_heads)
-            found = rearrange(found, "b (t r) (p d) -> b t (r p) d", r=routes, p=pixels)
-            first = t[:, :, :prefix].flatten(0, 1)[:, None]
-            return torch.cat([first.expand(-1, found.shape[1], -1, -1), found], dim=2)
+            found = rearrange(found, "(B n) (t r) (p d) -> B n t (r p) d", n=heads, r=routes, p=pixels)
+            first = t[:, :, None, :prefix].expand(-1, -1, found.shape[2], -1, -1)
+            return torch.cat([first, found], dim=3).flatten(0, 1)
 
         there = self.tiles.numbers(grid, q.device)[1] >= 0  # (tiles, pixels)
-        mask = there.index_select(0, chosen.flatten()).reshape(*chosen.shape[:2], 1, routes * pixels)
-        mask = F.pad(mask, (prefix, 0), value=True)[:, None].expand(-1, heads, -1, pixels, -1).flatten(0, 1)
+        mask = there.index_select(0, chosen.flatten()).reshape(*chosen.shape[:2], routes * pixels)
+        mask = F.pad(mask, (prefix, 0), value=True)[:, None, :, None].expand(-1, heads, -1, pixels, -1).flatten(0, 1)
         options = dict(dropout_p=self.dropout, scale=self.scale)
         out = flash(self.folded(q[:, :, prefix:], grid), keys(k), keys(v), attn_mask=mask, **options)
         out = rearrange(self.tiles.place(out, grid), "(B n) H W d -> B n (H W) d", n=heads)

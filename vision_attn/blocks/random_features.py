@@ -68,7 +68,7 @@ class Block(Mixer):
         check.no_scale(mixer.get("scale"), "sigma, which is learned, is the scale")
         super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
         dd, heads, width = dict(device=device, dtype=dtype), self.num_heads, self.key_dim // self.num_heads
-        self.init, self.causal = init, causal
+        self.features, self.init, self.causal = features, init, causal
         self.sigma = nn.Parameter(torch.empty(heads, width, **dd))
         self.register_buffer("omega", torch.empty(heads, features, width, **dd))
         self.reset_parameters()
@@ -101,7 +101,7 @@ class Block(Mixer):
         unit = x / (x.norm(dim=-1, keepdim=True) + 1e-3)  # the authors' ε
         directions = (self.omega.to(x.dtype) * self.sigma.to(x.dtype)[:, None]).transpose(-2, -1)
         turned = unit @ directions
-        return torch.cat([turned.sin(), turned.cos()], dim=-1) * self.omega.shape[1] ** -0.5
+        return torch.cat([turned.sin(), turned.cos()], dim=-1) * self.features**-0.5
 
     def phi_of_one(self, x: Float[Tensor, "B heads d"]) -> Float[Tensor, "B heads 2*features"]:
         """`phi` of one position."""
@@ -112,7 +112,7 @@ class Block(Mixer):
         q, k = (x / ((x * x).sum(dim=-1, keepdim=True).sqrt() + 1e-3) for x in (q, k))
         of_q, of_k = (torch.einsum("bnid,nmd->bnim", x, w) for x in (q, k))
         products = torch.einsum("bnim,bnjm->bnij", of_q.sin(), of_k.sin())
-        products = (products + torch.einsum("bnim,bnjm->bnij", of_q.cos(), of_k.cos())) / self.omega.shape[1]
+        products = (products + torch.einsum("bnim,bnjm->bnij", of_q.cos(), of_k.cos())) / self.features
         if self.causal:
             products = products * Past().mask(grid, grid.prefix_of(q.shape[2]), q.device)
         return products / products.sum(dim=-1, keepdim=True).clamp(min=LEAST)
@@ -122,12 +122,12 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that random feature attention knows of the past")
-        weight, channels = weight_of(self.qkv), (2 * self.omega.shape[1], self.dim // self.num_heads + 1)
+        weight, channels = weight_of(self.qkv), (2 * self.features, self.dim // self.num_heads + 1)
         factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         return State(self.phi_of_one, self.phi_of_one, batch, self.num_heads, *channels, **factory)
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, features={self.omega.shape[1]}"
+        return f"{super().extra_repr()}, features={self.features}"
 
 
 class State(Recurrence):
