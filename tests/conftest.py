@@ -60,7 +60,7 @@ OPTIONS = {
     "nystrom": [{}, {"cells": (2, 3), "iterations": 5}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
     "prob_sparse": [{}, {"factor": 2, "cells": (2, 3)}],
-    "random_features": [{"features": 13}],
+    "random_features": [{"features": 67}],
     "strided": [{}, {"split_heads": True}],
     "synthesizer": [
         {"length": (5, 7)},
