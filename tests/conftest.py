@@ -31,9 +31,11 @@ torch.set_num_threads(1)
 
 # Options that make a block more itself, at sizes that fit the suite. A block that is not here: with its defaults.
 OPTIONS = {
+    "adaptive_connection": [{"edges": 5, "width": 3}],
     "adaptive_span": [{}, {"span": 4, "ramp": 1.5}, {"span": 3, "include_self": False}],
     "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}],
     "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],
+    "bilevel": [{"tile": 3, "routes": 2}],
     "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
     "dilated": [
@@ -50,6 +52,7 @@ OPTIONS = {
     "global_memory": [{"memory": 5, "chunk": (2, 3)}],
     "global_tokens": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
     "hand_crafted": [{}, {"patterns": ("left", "up", "column")}],
+    "inducing_points": [{"points": 5}],
     "interlaced_sparse": [{}, {"factor": (2, 3)}],
     "light_non_local": [{}, {"ratio": 1.0, "stride": 3}],
     "linformer": [
@@ -59,9 +62,13 @@ OPTIONS = {
     ],
     "longformer": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
     "low_rank": [{}, {"l2_norm": True}],
+    "luna": [{"memory": 5}],
     "memory_compressed": [{}, {"stride": (2, 5)}],
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
+    "nystrom": [{}, {"cells": (2, 3), "iterations": 5}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
+    "prob_sparse": [{}, {"factor": 2, "cells": (2, 3)}],
+    "random_features": [{"features": 67}],
     "strided": [{}, {"split_heads": True}],
     "synthesizer": [
         {"length": (5, 7)},

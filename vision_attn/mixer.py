@@ -277,7 +277,7 @@ def warn_of_blind_spot(mixer: Mixer, pattern: Pattern | None = None) -> None:
 
 
 def softmax_over(
-    mask: Bool[Tensor, "#heads tokens tokens"] | None,
+    mask: Bool[Tensor, "*#images #heads tokens tokens"] | None,
     q: Float[Tensor, "B heads tokens dk"],
     k: Float[Tensor, "B heads tokens dk"],
     scale: float,

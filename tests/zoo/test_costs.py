@@ -26,7 +26,8 @@ def stated(name: str, grid: Grid, **given) -> float:
     options = {option: p.default for option, p in inspect.signature(type(block).__init__).parameters.items()} | given
     values = {letter: options[option] for letter, option in LETTERS.items() if option in options} | options
     values |= dict(N=grid.size, H=grid.height, W=grid.width, d=DIM, heads=getattr(block, "num_heads", None), min=min)
-    values |= {"performer": {"M": 111}, "star": {"R": 1}}.get(name, {})  # d ln d of a head; the relay
+    # d ln d of a head; 5 ⌈ln N⌉ of 64×64 pixels; the relay
+    values |= {"performer": {"M": 111}, "prob_sparse": {"u": 45}, "star": {"R": 1}}.get(name, {})
     formula = describe(name).cost.replace("²", "**2").replace("^", "**")
     return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", "*", formula), values)
 

@@ -42,6 +42,18 @@ def attend_past(
     return out.flatten(2, 3).narrow(2, 0, tokens).to(v.dtype)
 
 
+def attend_in_order(
+    q: Float[Tensor, "B heads tokens m"],
+    k: Float[Tensor, "B heads tokens m"],
+    v: Float[Tensor, "B heads tokens d"],
+    prefix: int,
+) -> Float[Tensor, "B heads tokens d"]:
+    """`attend_past` of the positions; the first ``prefix`` tokens come before all of them, and see one another."""
+    (first_q, q), (first_k, k), (first_v, v) = (t.split([prefix, t.shape[2] - prefix], dim=2) for t in (q, k, v))
+    out = attend_past(q, k, v, state(first_k, first_v))
+    return torch.cat([attend(first_q, first_k, first_v), out], dim=2)
+
+
 def state(k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens d"]) -> Float[Tensor, "B heads m d"]:
     """kᵀ v, all that a query needs to know of the keys and values."""
     wide = at_least_float32(v)

@@ -1,0 +1,147 @@
+"""Luna: a few learned tokens pack the image by attention, and each pixel unpacks what it needs of them.
+
+Ma et al. 2021, Luna, https://arxiv.org/abs/2106.01540
+    Y_P = softmax(P kᵀ d^-½) {k, v}    Y_X = softmax(q Y_Pkᵀ d^-½) Y_Pv
+    causal:  a_t = softmax over m of q_t · (1/t Σ_{j ≤ t} p_jm k_j) d^-½    y_t = Σ_m a_tm (1/t Σ_{j ≤ t} p_jm v_j)
+             p_jm = log₂(1 + 2^(P_m · k_j d^-½))
+Cost: 5 N memory d
+Computed: 1 ×
+P are ``memory`` tokens a head, learned. The softmax of packing divides by the whole image; with ``causal=True`` a
+softplus takes its place and packs become means of what comes before in raster order and the pixel itself, so that
+weights do not sum to 1. Those are two attentions by association, which add 128 N (d + memory heads) for prefix sums in
+chunks of 64, and pixel by pixel a recurrent state of 2 memory d / heads numbers a head. The order of positions does not
+matter otherwise; prefix tokens are ordinary and, if causal, come first of all. Sums over the past are taken in at least
+float32.
+Deviations: in the paper Y_P goes on to the next layer as its P, behind a residual and a LayerNorm; a block knows one
+layer, so P starts anew in each. Packing takes one projection of the image there, as key and value both, and unpacking
+two of what is packed; those are composed here, so keys and values are the block's own.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .. import check
+from ..engines.kernel import Recurrence, attend_in_order
+from ..engines.union import flash
+from ..mixer import Mixer
+from ..pattern import Past
+from ..precision import at_least_float32, is_slow, outside_autocast, weight_of
+
+
+class Block(Mixer):
+    """Luna.
+
+    Args:
+        memory: number of tokens that the image is packed into.
+        causal: only what comes before in raster order, and itself.
+        Others: those of `Mixer`, but ``attn_drop``: what is packed is no weight to drop.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dim,
+        num_heads=None,
+        *,
+        memory: int = 16,
+        causal: bool = False,
+        attn_drop: float = 0.0,
+        device=None,
+        dtype=None,
+        **mixer,
+    ):
+        check.positive_int("memory", memory)
+        check.boolean("causal", causal)
+        check.no_attn_drop(attn_drop)
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
+        self.causal, self.averages = causal, not causal
+        size = self.num_heads, memory, self.key_dim // self.num_heads
+        self.memory = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws P from N(0, 1)."""
+        nn.init.normal_(self.memory)
+
+    def mix(self, q, k, v, grid):
+        if self.causal:
+            return self.mix_past(q, k, v, grid)
+        if is_slow(v):
+            with outside_autocast(v):
+                return self.mix(q.float(), k.float(), v.float(), grid).half()
+        queries = self.memory.to(q.dtype).expand(q.shape[0], -1, -1, -1)
+        packed = F.scaled_dot_product_attention(queries, k, torch.cat([k, v], dim=-1), scale=self.scale)
+        return flash(q, *packed.split([k.shape[-1], v.shape[-1]], dim=-1), scale=self.scale)
+
+    def mix_past(self, q, k, v, grid):
+        """`mix` of each position with what comes before it."""
+        prefix, wide = grid.prefix_of(q.shape[2]), at_least_float32(v)
+        with outside_autocast(v):
+            shares, seen = self.shares(k), torch.arange(1, q.shape[2] + 1, device=v.device, dtype=wide)
+            seen = seen.clamp(min=prefix)[:, None]
+            scores = attend_in_order(q.to(wide), k.to(wide), shares, prefix) / seen
+            weights = (self.scale * scores).softmax(dim=-1)
+            return (attend_in_order(weights, shares, v.to(wide), prefix) / seen).to(v.dtype)
+
+    def shares(self, k: Float[Tensor, "B heads tokens d"]) -> Float[Tensor, "B heads tokens memory"]:
+        """How much of each key goes into each token of a causal memory, in at least float32."""
+        wide = at_least_float32(k)
+        with outside_autocast(k):
+            return F.softplus(self.scale * k.to(wide) @ self.memory.to(wide).transpose(-2, -1), beta=math.log(2))
+
+    def weights(self, q, k, grid):
+        scores = torch.einsum("nmd,bnjd->bnmj", self.memory.to(q.dtype), k) * self.scale
+        if not self.causal:
+            packs = scores.softmax(dim=-1)
+            return (q @ (packs @ k).mT * self.scale).softmax(dim=-1) @ packs
+        mask = Past().mask(grid, grid.prefix_of(q.shape[2]), q.device).to(q.dtype)
+        means = mask / mask.sum(dim=-1, keepdim=True)  # (tokens, tokens)
+        packs = torch.log2(1 + torch.exp2(scores)).mT  # (B, heads, tokens, memory)
+        to_memory = (torch.einsum("bnid,bnjd->bnij", q, k) * means @ packs * self.scale).softmax(dim=-1)
+        return torch.einsum("bnim,bnjm->bnij", to_memory, packs) * means
+
+    def new_cache(self, batch, grid, *, full=False, device=None, dtype=None):
+        if not self.causal:
+            return super().new_cache(batch, grid)
+        if full:
+            raise ValueError("full=True: the state is all that Luna knows of the past")
+        weight, memory = weight_of(self.qkv), self.memory.shape[1]
+        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        widths = self.key_dim // self.num_heads, self.dim // self.num_heads
+        return State(self.shares, self.scale, (batch, self.num_heads), memory, *widths, **factory)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, memory={self.memory.shape[1]}"
+
+
+class State:
+    """What causal Luna has packed of the past: sums of keys, and of values, for each token of the memory."""
+
+    def __init__(self, shares, scale, shape, memory, key, value, **factory):
+        self.shares, self.scale = shares, scale
+        self.keys = Recurrence(same, same, *shape, key, memory, **factory)
+        self.values = Recurrence(same, same, *shape, memory, value, **factory)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the state, in bytes."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def step(
+        self, q: Float[Tensor, "B heads dk"], k: Float[Tensor, "B heads dk"], v: Float[Tensor, "B heads dv"], place: int
+    ) -> Float[Tensor, "B heads dv"]:
+        """Takes in the next pixel, and returns what it draws from the past and itself."""
+        shares = self.shares(k[:, :, None])[:, :, 0]
+        scores = self.scale * self.keys.drawn(q, k, shares) / (place + 1)
+        return (self.values.drawn(scores.softmax(dim=-1), shares, v) / (place + 1)).to(v.dtype)
+
+
+def same(t: Tensor) -> Tensor:
+    """The feature map of what needs none."""
+    return t

@@ -1,0 +1,25 @@
+"""Rows of tensors that a table of integers chooses, another table for each image and head."""
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+
+def rows(x: Shaped[Tensor, "*b N d"], index: Int[Tensor, "*b some"]) -> Shaped[Tensor, "*b some d"]:
+    """x[…, index, :] of each image and head: one selection from all of them, the fastest way there is."""
+    d = x.shape[-1]
+    return x.reshape(-1, d).index_select(0, flat(index, x.shape[-2])).reshape(*index.shape, d)
+
+
+def with_rows(
+    x: Shaped[Tensor, "*b N d"], index: Int[Tensor, "*b some"], new: Shaped[Tensor, "*b some d"]
+) -> Shaped[Tensor, "*b N d"]:
+    """``x`` with ``new`` in the place of the rows that ``rows(x, index)`` takes, which are different ones."""
+    d = x.shape[-1]
+    return x.reshape(-1, d).index_copy(0, flat(index, x.shape[-2]), new.reshape(-1, d)).reshape(x.shape)
+
+
+def flat(index: Int[Tensor, "*b some"], size: int) -> Int[Tensor, "b_some"]:
+    """Numbers of the rows where those of all images and heads, ``size`` each, are counted through."""
+    table = index.flatten(0, -2)
+    return (table + torch.arange(table.shape[0], device=index.device)[:, None] * size).flatten()
