@@ -430,6 +430,33 @@ def test_a_wrong_graph_of_small_outputs_is_an_error(tmp_path):
         backbones.export_onnx(OddOrEven(0.5, size=1e-5), tmp_path / "m.onnx", image_size=(29, 31))
 
 
+class AtATie(nn.Module):
+    """Gives what its graph gives in one call of ``period``, as near a tie."""
+
+    def __init__(self, period):
+        super().__init__()
+        self.conv, self.period, self.calls = nn.Conv2d(3, 5, 3, padding=1), period, 0
+
+    def forward(self, x):
+        x = self.conv(x)
+        if torch.compiler.is_exporting():
+            return x
+        self.calls += 1
+        return x + int(self.calls % self.period > 0)
+
+
+class Chooses(AtATie):
+    def choose(self):
+        """That it is there says that ties are possible."""
+
+
+def test_what_chooses_may_choose_otherwise_at_a_tie_but_not_for_three_batches(tmp_path):
+    assert len(backbones.export_onnx(Chooses(3).eval(), tmp_path / "m.onnx", image_size=(29, 31))) == 6
+    for model in (Chooses(4), AtATie(3)):
+        with pytest.raises(backbones.ExportError, match="differs from PyTorch"):
+            backbones.export_onnx(model.eval(), tmp_path / "m.onnx", image_size=(29, 31))
+
+
 def test_a_failed_export_keeps_what_was_there(tmp_path):
     (tmp_path / "m.onnx").write_text("an earlier file")
     with pytest.raises(backbones.ExportError):

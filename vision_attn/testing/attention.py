@@ -198,11 +198,19 @@ def step_by_step_it_gives_the_same(case):
 
 @holds_for("causal")
 def what_is_allowed_of_the_past_is_heard(case):
-    """The last position hears exactly what its pattern allows; without a pattern, everything."""
+    """The last position hears what its pattern allows; what chooses by content, what has a weight; others everything.
+
+    Exactly that, and itself as the one that asks.
+    """
     block = case.block()
     with case.trying(grid=GRID):
         x = case.input(GRID, prefix=0).requires_grad_()
         (slope,) = torch.autograd.grad(block(x, GRID)[:, -1].sum(), x)
-        allowed = block.pattern.mask(GRID)[-1] if hasattr(block, "pattern") else torch.ones(GRID.size, dtype=torch.bool)
-        allowed[-1] = True  # itself, as the one that asks
-        assert torch.equal((slope != 0).any(-1), allowed.expand(BATCH, -1))
+        if hasattr(block, "pattern"):
+            allowed = block.pattern.mask(GRID)[-1].repeat(BATCH, 1)
+        elif hasattr(block, "choose"):
+            allowed = (block.attention(x, GRID)[:, :, -1] != 0).any(1)
+        else:
+            allowed = torch.ones(BATCH, GRID.size, dtype=torch.bool)
+        allowed[:, -1] = True
+        assert torch.equal((slope != 0).any(-1), allowed)
