@@ -51,6 +51,7 @@ OPTIONS = {
     ],
     "longformer": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
     "low_rank": [{}, {"l2_norm": True}],
+    "lsh": [{"chunk": 5}, {"chunk": 3, "rounds": 3}],
     "memory_compressed": [{}, {"stride": (2, 5)}],
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],

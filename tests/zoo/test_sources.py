@@ -28,6 +28,7 @@ PAPERS = {
     "1911.11423": ("Merity", "SHA-RNN", "Single Headed Attention RNN: Stop Thinking With Your Head"),
     "1912.00835": ("Mehta", "LAMA", "Low Rank Factorization for Compact Multi-Head Self-Attention"),
     "1912.12180": ("Ho", "Axial Transformer", "Axial Attention in Multidimensional Transformers"),
+    "2001.04451": ("Kitaev", "Reformer", "Reformer: The Efficient Transformer"),
     "2003.02436": ("Shazeer", "Talking-Heads Attention", "Talking-Heads Attention"),
     "2004.01961": ("Li", "AutoNL", "Neural Architecture Search for Lightweight Non-Local Networks"),
     "2004.05150": ("Beltagy", "Longformer", "Longformer: The Long-Document Transformer"),
