@@ -55,6 +55,7 @@ OPTIONS = {
     "memory_compressed": [{}, {"stride": (2, 5)}],
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
+    "routing": [{}, {"clusters": 3, "chunk": 5}],
     "strided": [{}, {"split_heads": True}],
     "synthesizer": [
         {"length": (5, 7)},

@@ -30,6 +30,7 @@ PAPERS = {
     "1912.12180": ("Ho", "Axial Transformer", "Axial Attention in Multidimensional Transformers"),
     "2001.04451": ("Kitaev", "Reformer", "Reformer: The Efficient Transformer"),
     "2003.02436": ("Shazeer", "Talking-Heads Attention", "Talking-Heads Attention"),
+    "2003.05997": ("Roy", "Routing Transformer", "Efficient Content-Based Sparse Attention with Routing Transformers"),
     "2004.01961": ("Li", "AutoNL", "Neural Architecture Search for Lightweight Non-Local Networks"),
     "2004.05150": ("Beltagy", "Longformer", "Longformer: The Long-Document Transformer"),
     "2004.08483": ("Ainslie", "ETC", "ETC: Encoding Long and Structured Inputs in Transformers"),

@@ -3,8 +3,8 @@
 Kitaev et al. 2020, Reformer, https://arxiv.org/abs/2001.04451
     b(x) = argmax [x R; -x R]      k_j = q_j / ‖q_j‖      R: d × count / 2, normal, one for each round and head
     A_i = softmax over j ≠ i of q_i · k_j d^-½ + log n_ij
-Cost: rounds N (4 chunk + min(128, N / 4 chunk)) d
-Computed: 1.5 ×
+Cost: rounds N (4 chunk + min(128, N / (4 chunk))) d
+Computed: 1.4 ×
 Queries are keys: one projection makes both. n_ij is the number of rounds in which i sees j, log 0 = -∞: that is the
 paper's merging of rounds by their log-sum-exp. In a round, each bucket's tokens are cut in raster order into chunks of
 ``chunk``; a token sees those of its own chunk and of the one before. It sees itself only where it sees nothing else.
@@ -31,7 +31,7 @@ from ..engines.buckets import Chunks, attend
 from ..grid import Grid
 from ..mixer import Mixer
 from ..precision import at_least_float32, is_slow, outside_autocast
-from ..traced import largest, least
+from ..traced import fixed, largest, least
 
 DIRECTIONS = 128  # at most, of two buckets each: to hash is a product of queries with all of them
 EPSILON = 1e-6  # added to the mean square of a query, so that one of zeros has a gradient
@@ -120,7 +120,8 @@ class Block(Mixer):
     def keys(self, q):
         """Queries of unit length."""
         wide = q.to(at_least_float32(q))
-        return (wide / ((wide.square().mean(dim=-1, keepdim=True) + EPSILON).sqrt() * q.shape[-1] ** 0.5)).to(q.dtype)
+        length = (wide.square().mean(dim=-1, keepdim=True) + EPSILON).sqrt() * fixed(q.shape[-1]) ** 0.5
+        return (wide / length).to(q.dtype)
 
     def weights(self, q, k, grid):
         prefix = grid.prefix_of(q.shape[2])

@@ -142,7 +142,7 @@ def attend(
         out = _merged(kernel, here, before, rounds, masks, scale)
     else:
         out = _concatenated(here, before, rounds, masks, scale, dropout)
-    out = out.unflatten(0, (-1, heads))
+    out = out.reshape(q.shape[0], heads, grid.size, v.shape[3])
     if prefix == 0:
         return out
     k, v = (t[:, :, :prefix] if causal else t for t in (k, v))
