@@ -97,3 +97,13 @@ def test_it_costs_what_its_docstring_says():
     assert flops(create_block("cbam", 512, device="meta"), x) == 2 * (
         512**2 // 4 + 98 * 77
     )  # the poolings, 2 N d, are not counted
+
+
+def test_without_a_gradient_no_places_of_maxima_are_found():
+    """A search for places takes several times as long as the maxima alone."""
+    block, x = create_block("cbam", DIM), torch.randn(2, DIM, 11, 13)
+    for felt in (False, True):
+        with torch.profiler.profile() as profile:
+            block(x.clone().requires_grad_(felt))
+        called = {event.name for event in profile.events()}
+        assert ("aten::max" in called, "aten::amax" in called) == (felt, not felt)
