@@ -1,5 +1,7 @@
+import pytest
 import torch
 from timm.layers.cbam import CbamModule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vision_attn import create_block, describe
 from vision_attn.cost import flops
@@ -97,3 +99,24 @@ def test_it_costs_what_its_docstring_says():
     assert flops(create_block("cbam", 512, device="meta"), x) == 2 * (
         512**2 // 4 + 98 * 77
     )  # the poolings, 2 N d, are not counted
+
+
+class Called(TorchDispatchMode):
+    """Notes the names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("felt", [False, True])
+def test_without_a_gradient_no_places_of_maxima_are_found(felt):
+    """A search for places takes several times as long as the maxima alone."""
+    block, x = create_block("cbam", DIM), torch.randn(2, DIM, 11, 13, requires_grad=True)
+    with torch.set_grad_enabled(felt), Called() as called:
+        block(x)
+    assert called.names & {"max", "amax"} == {"max" if felt else "amax"}

@@ -15,7 +15,7 @@ def test_it_is_timms_where_the_authors_are_followed():
         theirs = timm.layers.GlobalContext(
             DIM, rd_channels=5, fuse_add=fusion != "multiply", fuse_scale=fusion != "add"
         ).double()
-        state = {"conv_attn.weight": ours.key.weight[:, :, None, None], "conv_attn.bias": ours.key.bias}
+        state = {"conv_attn.weight": ours.key.weight, "conv_attn.bias": ours.key.bias}
         for name, transform in (("mlp_add", ours.add), ("mlp_scale", ours.multiply)):
             if transform is None:
                 continue
@@ -77,7 +77,7 @@ def test_its_map_sums_to_one():
 def test_the_bottleneck_is_a_sixteenth():
     block = create_block("global_context", 512, fusion="both")
     assert block.add[0].out_features == block.multiply[0].out_features == 32
-    assert block.add[1].normalized_shape == (32,) and block.key.out_features == 1
+    assert block.add[1].normalized_shape == (32,) and block.key.out_channels == 1
 
 
 def test_it_costs_what_its_docstring_says():

@@ -110,3 +110,37 @@ def test_without_tokens_and_prefix_nothing_is_global():
 def test_wrong_numbers_of_tokens_are_named(tokens):
     with pytest.raises(ValueError, match=f"tokens={tokens}"):
         create_block("longformer", 32, tokens=tokens)
+
+
+def layers_called(block, x):
+    """Rows that the second projections are asked for as a layer, all images together."""
+    rows = []
+    handle = block.qkv_global.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][..., 0].numel()))
+    block(x, GRID)
+    handle.remove()
+    return sum(rows)
+
+
+def test_few_global_tokens_need_no_keys_and_values_of_all():
+    """They do where a layer in between, dropout or more global tokens leave nothing to gain or no other way."""
+    few = dict(num_heads=1, kernel_size=3, tokens=4)
+    x = torch.randn(2, 1 + GRID.size, DIM)
+    everyone = 2 * (1 + GRID.size)
+    assert layers_called(create_block("longformer", DIM, **few), x) == 0
+    assert layers_called(create_block("longformer", DIM, **few, qk_norm=True), x) == everyone
+    assert layers_called(create_block("longformer", DIM, **few, attn_drop=0.1), x) == everyone
+    assert layers_called(create_block("longformer", DIM, **few | {"tokens": 11}), x) == everyone
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_keys_and_values_of_all_it_is_that_of_the_paper(bias):
+    block = lived_in(create_block("longformer", DIM, num_heads=1, kernel_size=3, tokens=4, qkv_bias=bias, scale=0.3))
+    x = torch.randn(2, 2 + GRID.size, DIM, dtype=torch.float64, requires_grad=True)
+    felt = [x, *block.parameters()]
+    for one, other in zip(gradients(block, x, felt), gradients(block.reference, x, felt)):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def gradients(function, x, felt):
+    out = function(x, GRID)
+    return [out, *torch.autograd.grad(out.square().sum(), felt)]

@@ -20,6 +20,7 @@ from torch import nn
 from .. import check
 from ..gate import Gate
 from ..precision import at_least_float32, scaled
+from ..traced import is_traced, is_transformed
 
 
 class Block(Gate):
@@ -69,13 +70,12 @@ class Block(Gate):
 
     def channel_gate(self, x):
         """(B, C, 1, 1), in [0, 1] and at least float32."""
-        largest = x.flatten(2).max(dim=2).values  # amax has a slower backward
-        scores = self.mlp(x.mean(dim=(2, 3))) + self.mlp(largest)
+        scores = self.mlp(x.mean(dim=(2, 3))) + self.mlp(largest(x.flatten(2), 2)[..., 0])
         return scores.to(at_least_float32(scores)).sigmoid()[:, :, None, None]
 
     def spatial_gate(self, x):
         """(B, 1, H, W), in [0, 1] and at least float32."""
-        pooled = torch.cat([x.max(dim=1, keepdim=True).values, x.mean(dim=1, keepdim=True)], dim=1)
+        pooled = torch.cat([largest(x, 1), x.mean(dim=1, keepdim=True)], dim=1)
         return self.spatial(pooled).to(at_least_float32(x)).sigmoid()
 
     def attention_map(self, x):
@@ -113,3 +113,10 @@ class Block(Gate):
             mean, var = norm.running_mean, norm.running_var
         scores = (scores - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias
         return x / (1 + (-scores).exp())[:, None]
+
+
+def largest(x, dim):
+    """The maximum along a dimension, which stays. Where a gradient may be wanted, with its place: amax's is slower."""
+    if (torch.is_grad_enabled() and x.requires_grad) or is_traced() or is_transformed():
+        return x.max(dim=dim, keepdim=True).values
+    return x.amax(dim=dim, keepdim=True)

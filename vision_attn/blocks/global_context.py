@@ -61,14 +61,18 @@ class Block(Gate):
                 nn.Linear(dim, hidden, **dd), nn.LayerNorm(hidden, **dd), nn.ReLU(), nn.Linear(hidden, dim, **dd)
             )
 
-        self.key = nn.Linear(dim, 1, **dd) if pooling == "attention" else None
+        self.key = nn.Conv2d(dim, 1, 1, **dd) if pooling == "attention" else None
         self.multiply = transform() if fusion != "add" else None
         self.add = transform() if fusion != "multiply" else None
 
     def gate(self, x):
         wide = at_least_float32(x)
         with outside_autocast(x):  # its gradient, a sum over channels, may leave float16
-            context = torch.einsum("bchw,bhw->bc", x.to(wide), self.shares(x)).to(x.dtype)
+            shares, pixels = self.shares(x).flatten(1), x.to(wide).flatten(2)  # (B, N), (B, C, N)
+            if x.is_contiguous():  # either way the gradient of the pixels lies in memory as they do
+                context = (pixels @ shares[:, :, None])[:, :, 0].to(x.dtype)
+            else:
+                context = (shares[:, None] @ pixels.transpose(1, 2))[:, 0].to(x.dtype)
         if self.multiply is not None:
             x = scaled(x, self.multiply(context).to(wide).sigmoid()[:, :, None, None])
         if self.add is not None:
@@ -83,7 +87,7 @@ class Block(Gate):
         batch, _, height, width = x.shape
         if self.key is None:
             return x.new_ones(batch, height, width, dtype=at_least_float32(x)) / (height * width)
-        scores = self.key(x.permute(0, 2, 3, 1).to(weight_of(self.key).dtype)).flatten(1)
+        scores = self.key(x.to(weight_of(self.key).dtype)).flatten(1)
         return scores.softmax(dim=1, dtype=at_least_float32(x)).reshape(batch, height, width)
 
     def reference(self, x):
@@ -94,7 +98,7 @@ class Block(Gate):
         pixels = [image[:, y, z] for y in range(image.shape[1]) for z in range(image.shape[2])]
         weights = [1.0 for _ in pixels]
         if self.key is not None:
-            scores = [(self.key.weight[0] * pixel).sum() + self.key.bias[0] for pixel in pixels]
+            scores = [(self.key.weight[0, :, 0, 0] * pixel).sum() + self.key.bias[0] for pixel in pixels]
             weights = [torch.exp(score - max(scores)) for score in scores]
         context = sum(weight * pixel for weight, pixel in zip(weights, pixels)) / sum(weights)
         for name in ("multiply", "add"):

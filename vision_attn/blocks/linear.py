@@ -11,22 +11,55 @@ The order of positions does not matter otherwise; prefix tokens are ordinary and
 Deviations: no ε in the quotient, whose divisor is a sum of positive numbers. Sums are taken in at least float32.
 """
 
+import math
+
 import torch
 
 from .. import check
-from ..engines.kernel import Recurrence, attend, attend_past, normalised, state, with_ones
+from ..engines.kernel import Recurrence, attend, attend_past, average, normalised, state, with_ones
 from ..mixer import Mixer
 from ..precision import at_least_float32, weight_of
+from ..traced import is_traced, is_transformed
 
 
 def features(x):
     """elu + 1, in at least float32 and positive: exp, where torch's elu of -20 is -1."""
     x = x.to(at_least_float32(x)).contiguous()  # compiled, the gradient of another layout fails
+    if not (is_traced() or is_transformed()):
+        return Features.apply(x)
     return torch.where(x > 0, x + 1, x.masked_fill(x > 0, 0).exp().clamp(min=torch.finfo(x.dtype).tiny))
+
+
+class Features(torch.autograd.Function):
+    """`features` that keep their values φ alone, of which their slopes are a function."""
+
+    @staticmethod
+    def forward(x):
+        return x.clamp(math.log(torch.finfo(x.dtype).tiny), 0).exp_().add_(x.relu())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return by_slope(slope, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return by_slope(tangent, *ctx.saved_tensors)
+
+
+def by_slope(t, phi):
+    """``t`` times φ, where it is less than 1, or 1; 0 where φ has its least value, even of what is infinite there."""
+    least = phi.masked_fill(phi > 1, 1) if torch.is_grad_enabled() else phi.clamp(max=1)  # clamp: slope 0 at φ = 1
+    return torch.ops.aten.threshold_backward(t * least, phi, 2 * torch.finfo(phi.dtype).tiny)
 
 
 def features_of_queries(q):
     """The same up to a factor for each query, which the quotient cancels, so that not all of them vanish."""
+    q = q.to(at_least_float32(q)).contiguous()
     return features(q - q.detach().amax(dim=-1, keepdim=True).clamp(max=0))
 
 
@@ -50,10 +83,9 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         phi_q, phi_k = features_of_queries(q), features(k)
-        values = with_ones(v.to(at_least_float32(v)))
         if not self.causal:
-            return normalised(attend(phi_q, phi_k, values)).to(v.dtype)
-        prefix = grid.prefix_of(q.shape[2])
+            return average(phi_q, phi_k, v)
+        prefix, values = grid.prefix_of(q.shape[2]), with_ones(v.to(at_least_float32(v)))
         (first_q, phi_q), (first_k, phi_k), (first, values) = (
             t.split([prefix, grid.size], dim=2) for t in (phi_q, phi_k, values)
         )

@@ -110,11 +110,32 @@ class Block(PatternMixer):
         """What the global tokens take, by their own projections, (B, heads, P + tokens, d)."""
         prefix = grid.prefix_of(x.shape[1])
         count = prefix + least(self.tokens, grid.size)
+        if self.asked_by_few(prefix):
+            return self.through_weights(x, count)
         x = x.narrow(1, 0, count) if self.causal or prefix + self.tokens == 0 else x
         q, k, v = self.global_heads(x)
         mask = self.past(prefix, count, x.device) if self.causal else None
         options = dict(attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
         return F.scaled_dot_product_attention(q.narrow(2, 0, count), k, v, **options)
+
+    def asked_by_few(self, prefix):
+        """Whether `through_weights` has less to multiply, and sees the weights: of a layer as it was made."""
+        plain = type(self.qkv_global) is nn.Linear and isinstance(self.k_norm, nn.Identity) and not self.dropout
+        return plain and not self.causal and 0 < self.num_heads * (prefix + self.tokens) < self.dim
+
+    def through_weights(self, x, count):
+        """What ``count`` global tokens take of all, without keys and values of all.
+
+        q · W_k x = (W_kᵀ q) · x, and its part with the bias is the same for all x; Σ a W_v x = W_v Σ a x.
+        """
+        (w_q, w_k, w_v), bias = self.qkv_global.weight.split(self.widths), self.qkv_global.bias
+        b_q, _, b_v = (None,) * 3 if bias is None else bias.split(self.widths)
+        w_k, w_v = (rearrange(w, "(n d) C -> n d C", n=self.num_heads) for w in (w_k, w_v))
+        q = rearrange(F.linear(x.narrow(1, 0, count), w_q, b_q), "B t (n d) -> B n t d", n=self.num_heads)
+        asked = rearrange(q @ w_k, "B n t C -> B 1 (n t) C")
+        seen = F.scaled_dot_product_attention(asked, x[:, None], x[:, None], scale=self.scale)
+        out = rearrange(seen, "B 1 (n t) C -> B n t C", n=self.num_heads) @ w_v.transpose(-2, -1)
+        return out if b_v is None else out + rearrange(b_v, "(n d) -> n 1 d", n=self.num_heads)
 
     def global_heads(self, x):
         parts = self.qkv_global(x).split(self.widths, dim=-1)

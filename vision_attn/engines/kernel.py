@@ -23,6 +23,16 @@ def attend(
         return (q.to(at_least_float32(v)) @ state(k, v)).to(v.dtype)
 
 
+def average(
+    q: Float[Tensor, "B heads tokens m"], k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens d"]
+) -> Float[Tensor, "B heads tokens d"]:
+    """q (kᵀ v) divided by q (kᵀ 1), for positive feature maps q and k."""
+    wide = at_least_float32(v)
+    with outside_autocast(v):
+        q, k = q.to(wide), k.to(wide)
+        return (q @ state(k, v) / (q @ k.sum(dim=2)[..., None])).to(v.dtype)
+
+
 def attend_past(
     q: Float[Tensor, "B heads tokens m"],
     k: Float[Tensor, "B heads tokens m"],
