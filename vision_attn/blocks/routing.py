@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from .. import check
 from ..average import StepAverage
-from ..engines.buckets import Chunks, attend, rows
+from ..engines.buckets import Chunks, attend
+from ..engines.selection import rows
 from ..engines.union import flash
 from ..grid import Grid
 from ..mixer import Mixer

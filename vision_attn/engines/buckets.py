@@ -14,7 +14,8 @@ from torch import Tensor
 from ..grid import Grid
 from ..key_set import KeySet
 from ..precision import at_least_float32, outside_autocast
-from .flash import Before, Merged, additive, kernel_for
+from .flash import Before, Merged, hiding, kernel_for
+from .selection import rows
 from .union import flash
 
 LANES = 16  # of a chunk, or a multiple: a product of matrices rounds by how they lie to multiples of 64 bytes
@@ -100,13 +101,6 @@ class Chunks(KeySet):
         whole += (rows(slots, own) + rows(slots, later)).unflatten(1, whole.shape[1:3])
 
 
-def rows(x: Shaped[Tensor, "b N d"], index: Int[Tensor, "b *some"]) -> Shaped[Tensor, "b *some d"]:
-    """x[i, index[i]] for each i: one flat selection, which is faster than any other way to say so."""
-    b, n, d = x.shape
-    first = (torch.arange(b, device=x.device) * n).reshape(b, *(1,) * (index.ndim - 1))
-    return x.reshape(b * n, d).index_select(0, (index + first).flatten()).reshape(*index.shape, d)
-
-
 def attend(
     q: Float[Tensor, "B heads tokens dk"],
     k: Float[Tensor, "B heads tokens dk"],
@@ -151,7 +145,7 @@ def attend(
 
 def _merged(kernel, here, before, rounds, masks, scale):
     hidden = [~mask.any(dim=-1) for mask in masks]
-    masks = [additive(mask | none[..., None], here[0].dtype)[0] for mask, none in zip(masks, hidden)]
+    masks = [hiding(mask | none[..., None], kernel.mask_type(here[0].dtype))[0] for mask, none in zip(masks, hidden)]
     sets, grid = [*rounds, Before()], Grid(1, here[0].shape[1])
     maps = [t[:, None] for t in (*here, *before)]
     return Merged.apply(kernel, sets, [*masks, None], [*hidden, None], grid, scale, *maps)[0][:, 0]

@@ -5,10 +5,13 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
-def rows(x: Shaped[Tensor, "*b N d"], index: Int[Tensor, "*b some"]) -> Shaped[Tensor, "*b some d"]:
-    """x[…, index, :] of each image and head: one selection from all of them, the fastest way there is."""
+def rows(x: Shaped[Tensor, "*b N d"], index: Int[Tensor, "..."]) -> Shaped[Tensor, "... d"]:
+    """x[…, index, :] of each image and head: one selection from all of them, the fastest way there is.
+
+    ``index`` is (*b, some), or has more axes than one behind b.
+    """
     d = x.shape[-1]
-    return x.reshape(-1, d).index_select(0, flat(index, x.shape[-2])).reshape(*index.shape, d)
+    return x.reshape(-1, d).index_select(0, flat(index.flatten(x.ndim - 2), x.shape[-2])).reshape(*index.shape, d)
 
 
 def with_rows(
