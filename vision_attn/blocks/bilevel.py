@@ -39,7 +39,7 @@ from ..engines.union import flash
 from ..grid import Grid
 from ..key_set import Tiles
 from ..mixer import Mixer, softmax_over
-from ..precision import at_least_float32, is_slow, outside_autocast
+from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
 from ..traced import least
 
 
@@ -84,10 +84,8 @@ class Block(Mixer):
         """Positions by tile, those of the images and heads in a row, padded with zeros."""
         return self.tiles.queries(rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width))
 
+    @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if is_slow(v):
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         heads, prefix, chosen = q.shape[1], grid.prefix_of(q.shape[2]), self.choose(q, k, grid)
         routes, pixels = chosen.shape[2], self.side**2
         of_heads = chosen[:, None].expand(-1, heads, -1, -1).flatten(0, 1).flatten(1)  # (b, tiles · routes)

@@ -30,7 +30,7 @@ from .. import check
 from ..engines.buckets import Chunks, attend
 from ..grid import Grid
 from ..mixer import Mixer
-from ..precision import at_least_float32, is_slow, outside_autocast
+from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
 from ..traced import fixed, largest, least
 
 DIRECTIONS = 128  # at most, of two buckets each: to hash is a product of queries with all of them
@@ -97,10 +97,8 @@ class Block(Mixer):
         (high, best), (low, worst) = along.max(dim=-1), along.min(dim=-1)
         return torch.where(high >= -low, best, worst + count)
 
+    @in_float32_where_slow  # and gradients of unit keys are sums of products with queries
     def mix(self, q, k, v, grid):
-        if is_slow(v):  # and gradients of unit keys are sums of products with queries
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         count = 2 * self.directions(grid.size)
         rounds = [Chunks(bucket.flatten(0, 1), count, self.chunk) for bucket in self.choose(q, k, grid).unbind(2)]
         alone = torch.stack([self.alone(chunks) for chunks in rounds]).all(dim=0)

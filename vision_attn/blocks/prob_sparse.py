@@ -27,7 +27,7 @@ from ..engines.selection import rows, with_rows
 from ..engines.union import flash
 from ..grid import Grid
 from ..mixer import Mixer, softmax_over
-from ..precision import at_least_float32, is_slow, outside_autocast
+from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
 from ..traced import largest, least
 
 
@@ -80,10 +80,8 @@ class Block(Mixer):
         folds = sum(least(1, grid.size // (math.floor(math.exp(i)) + 1)) for i in range(16))
         return least(largest(1, self.factor * folds), grid.size)
 
+    @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if is_slow(v):
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         prefix, chosen = grid.prefix_of(q.shape[2]), self.choose(q, k, grid)
         first, q = q.split([prefix, grid.size], dim=2)
         out = flash(torch.cat([first, rows(q, chosen)], dim=2), k, v, scale=self.scale)

@@ -32,7 +32,7 @@ from ..engines.selection import rows
 from ..engines.union import flash
 from ..grid import Grid
 from ..mixer import Mixer
-from ..precision import at_least_float32, is_slow, outside_autocast
+from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
 
 EPSILON = 1e-5  # of the LayerNorm
 
@@ -99,10 +99,8 @@ class Block(Mixer):
         with outside_autocast(q):
             return self.centroids.value.to(x.dtype) @ x.transpose(-2, -1)
 
+    @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if is_slow(v):
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         self.note(q, grid)
         x = normalised(q).to(v.dtype)
         chosen = self.choose(q, k, grid).flatten(0, 1)
