@@ -53,7 +53,7 @@ def insert(
         at: names of modules, with wildcards that do not cross dots ("layer3.*"), or several; None: after every
             stage of a convolutional network that timm lists in ``feature_info``, every block of a ViT. A gate leaves
             out the last of several blocks where a class token is read: it changes patch tokens, and nothing would
-            hear them.
+            read them.
         init_gain: 0 starts as identity, 1 as the block was published.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
         options: of the block, whose device and type are the model's.

@@ -396,7 +396,7 @@ class TwoStreamPixelTransformer(PixelModel):
 
         def stream(*patterns):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", BlindSpot)  # of one layer: the two streams together hear all
+                warnings.simplefilter("ignore", BlindSpot)  # of one layer: the two streams together reach all
                 mixers = [PatternMixer(pattern, dim, num_heads, **dd) for pattern in patterns]
             return nn.ModuleList(ResidualBlock(mixer, mlp_ratio, drop_rate, **dd) for mixer in mixers)
 
@@ -461,7 +461,7 @@ def create_cycle(blocks: str | dict | list[str | dict], depth: int, dim: int, **
     patterns = [getattr(mixer, "pattern", None) for mixer in mixers[: len(cycle)]]
     missed = blind_spot(patterns, Grid(6, 7)) if None not in patterns else 0  # one without a pattern sees it all
     if missed:
-        message = f"blocks={blocks!r}: {missed} of the 903 past pairs on a 6×7 grid are unheard at any depth"
+        message = f"blocks={blocks!r}: {missed} of the 903 past pairs on a 6×7 grid are unreached at any depth"
         warnings.warn(message, BlindSpot, stacklevel=3)
     return mixers
 

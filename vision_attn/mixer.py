@@ -194,7 +194,7 @@ class PatternMixer(Mixer):
         ValueError: fewer heads than patterns.
 
     Warns:
-        BlindSpot: a causal pattern leaves part of the past unheard at any depth.
+        BlindSpot: a causal pattern leaves part of the past unreached at any depth.
     """
 
     def __init__(self, pattern: Pattern, dim: int, num_heads: int | None = None, **mixer):
@@ -239,13 +239,13 @@ class Sequence(Mixer):
         return reduce(lambda x, step: step(x, grid), self.chain, x)
 
     def attention(self, x: Float[Tensor, "B tokens dim"], grid: Grid) -> Float[Tensor, "B 1 tokens tokens"]:
-        """Product of the steps' weights, heads averaged: what is heard through all steps."""
-        heard = None
+        """Product of the steps' weights, heads averaged: what is reached through all steps."""
+        reached = None
         for step in self.chain:
             seen = step.attention(x, grid).mean(dim=1, keepdim=True)
-            heard = seen if heard is None else seen @ heard
+            reached = seen if reached is None else seen @ reached
             x = step(x, grid)
-        return heard
+        return reached
 
     @property
     def steps(self) -> tuple[Mixer, ...]:
@@ -264,13 +264,13 @@ def heads_for(patterns: int, dim: int, key_dim: int | None = None) -> int | None
 
 
 def warn_of_blind_spot(mixer: Mixer, pattern: Pattern | None = None) -> None:
-    """Warns if the pattern of a mixer (None: its own) is causal and leaves part of the past unheard at any depth."""
+    """Warns if the pattern of a mixer (None: its own) is causal and leaves part of the past unreached at any depth."""
     pattern = mixer.pattern if pattern is None else pattern
     if pattern.causal and (missing := blind_spot([pattern])):
         name = type(mixer).__module__.rpartition(".")[2]
         warnings.warn(
-            f"causal {name} alone leaves {missing} of 903 past pairs on a 6×7 grid unheard at any depth: "
-            "other heads or layers must hear them",
+            f"causal {name} alone leaves {missing} of 903 past pairs on a 6×7 grid unreached at any depth: "
+            "other heads or layers must reach them",
             BlindSpot,
             stacklevel=5,
         )

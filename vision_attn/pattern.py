@@ -22,7 +22,7 @@ from .traced import fixed
 
 
 class BlindSpot(UserWarning):
-    """A causal pattern leaves part of the past unheard, however many layers of it are stacked."""
+    """A causal pattern leaves part of the past unreached, however many layers of it are stacked."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Pattern:
         return "\n".join("".join(signs[row * grid.width : (row + 1) * grid.width]) for row in range(grid.height))
 
     def reach(self, grid: Grid, layers: int) -> Bool[Tensor, "positions positions"]:
-        """Who is heard by whom after ``layers`` layers of this pattern (with residual connections)."""
+        """Whom each position reaches after ``layers`` layers of this pattern (with residual connections)."""
         return cycle_reach([self] * layers, grid)
 
 
@@ -105,18 +105,18 @@ class Directed(Pattern):
 
 
 def cycle_reach(patterns: Sequence[Pattern], grid: Grid) -> Bool[Tensor, "positions positions"]:
-    """Who is heard by whom after one layer of each pattern, the first pattern first (with residual connections)."""
+    """Whom each position reaches after a layer of each pattern, the first one first (with residual connections)."""
     own = torch.eye(grid.size, dtype=torch.bool)
-    return reduce(lambda heard, pattern: ((pattern.mask(grid) | own).float() @ heard.float()) > 0, patterns, own)
+    return reduce(lambda reached, pattern: ((pattern.mask(grid) | own).float() @ reached.float()) > 0, patterns, own)
 
 
 def blind_spot(patterns: Sequence[Pattern], grid: Grid = Grid(6, 7)) -> int:
     """Number of past pairs of positions (each with itself counted) that no depth of this cycle of layers connects."""
     with torch.device("cpu"):  # also where a model is built on the meta device
-        heard = cycle_reach(patterns, grid)
+        reached = cycle_reach(patterns, grid)
         for _ in range(grid.size.bit_length()):
-            heard = (heard.float() @ heard.float()) > 0
-        return int((torch.ones_like(heard).tril() & ~heard).sum())
+            reached = (reached.float() @ reached.float()) > 0
+        return int((torch.ones_like(reached).tril() & ~reached).sum())
 
 
 # Compositions

@@ -123,7 +123,7 @@ def try_host(host: Host, largest: float = 150) -> list[dict]:
     for model, size in host.made():
         with torch.no_grad():
             for parameter in model.parameters():
-                if not parameter.any():  # a head of zeros hears nothing
+                if not parameter.any():  # a head of zeros passes nothing on
                     parameter.normal_(std=0.02)
         try:
             wanted = _answer(model.eval(), size)
@@ -153,7 +153,7 @@ def try_places(model: nn.Module, at: list[str] | None, size: tuple, wanted: list
     for layer in layers:
         nn.init.constant_(layer.gain, 0.1)
     if all(map(torch.equal, wanted, _answer(model, size))):
-        return [*results, (", ".join(layers.values()), "wrong", "nothing hears the layers")]
+        return [*results, (", ".join(layers.values()), "wrong", "nothing follows from the layers")]
     if any(wrong.values()):
         wrong |= {layer: "" for layer in _grow_with_the_image(model, size, seen) if len(seen[layer]) == 2}
     found = {name.rpartition(".")[0]: [] for name in layers.values()}

@@ -150,7 +150,7 @@ def test_several_places_in_a_resnet(block):
 def test_places_in_a_vit(block, at):
     model = made("vit_tiny_patch4_32", block, attn_at=at, device="meta")
     wanted = {"blocks.[6-9]*": (6, 7, 8, 9), "blocks.1*": (1, 10, 11)}.get(str(at), (0, 11))
-    if at is None:  # behind the last block a gate would only change what the class token no longer hears
+    if at is None:  # behind the last block a gate would only change what the class token no longer reaches
         wanted = range(12 if block in MIXERS else 11)
     suffix = "attn" if block in MIXERS else f"attn_{block}"
     assert blocks_in(model) == [f"blocks.{i}.{suffix}" for i in wanted]

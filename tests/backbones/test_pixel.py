@@ -50,7 +50,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def heard(model):
+def reached(model):
     """(N, N): whether another value at the place of the row changes the logits at the place of the column, by a bit."""
     values = model.values(drawn(1)).expand(N, N)
     with torch.no_grad():
@@ -63,21 +63,21 @@ def heard(model):
 @every_causal_block
 def test_no_value_is_predicted_from_itself_or_a_later_one(block):
     later = torch.ones(N, N, dtype=torch.bool).triu(1)
-    seen = heard(made(blocks=block))
+    seen = reached(made(blocks=block))
     assert not (seen & ~later).any()
     assert seen[torch.arange(N - 1), torch.arange(1, N)].all()  # the value just before is the input
 
 
 @pytest.mark.parametrize("blocks", ["dense", SPLIT, [LOCAL, COLUMN], ["dense", COLUMN]], ids=str)
-def test_every_earlier_value_is_heard(blocks):
-    assert torch.equal(heard(made(blocks=blocks)), torch.ones(N, N, dtype=torch.bool).triu(1))
+def test_every_earlier_value_is_reached(blocks):
+    assert torch.equal(reached(made(blocks=blocks)), torch.ones(N, N, dtype=torch.bool).triu(1))
 
 
 def test_two_streams_hear_exactly_the_past():
-    assert torch.equal(heard(made(TwoStreamPixelTransformer, depth=1)), torch.ones(N, N, dtype=torch.bool).triu(1))
+    assert torch.equal(reached(made(TwoStreamPixelTransformer, depth=1)), torch.ones(N, N, dtype=torch.bool).triu(1))
 
 
-def test_the_first_row_hears_nothing_of_the_outer_stream():
+def test_the_first_row_reaches_nothing_of_the_outer_stream():
     model = made(TwoStreamPixelTransformer, outer_depth=2)
     logits = model(drawn())
     outer = list(model.outer.parameters())

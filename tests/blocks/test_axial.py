@@ -7,18 +7,18 @@ GRID = Grid(7, 11)
 DIM, HEADS = 39, 3
 
 
-def heard(block):
+def reached(block):
     """Which pixels the output at (3, 8) depends on."""
     x = torch.randn(1, GRID.size, DIM, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(block.double()(x, GRID)[0, 3 * GRID.width + 8].sum(), x)
     return (slope != 0).any(-1).reshape(GRID)
 
 
-def test_in_sequence_every_pixel_is_heard_and_in_sum_its_row_and_column():
-    assert heard(create_block("axial", DIM)).all()
+def test_in_sequence_every_pixel_is_reached_and_in_sum_its_row_and_column():
+    assert reached(create_block("axial", DIM)).all()
     cross = torch.zeros(GRID, dtype=torch.bool)
     cross[3], cross[:, 8] = True, True
-    assert torch.equal(heard(create_block("axial", DIM, mode="sum")), cross)
+    assert torch.equal(reached(create_block("axial", DIM, mode="sum")), cross)
 
 
 def test_sequence_is_columns_then_rows_and_sum_is_both_of_the_input():

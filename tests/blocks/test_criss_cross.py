@@ -28,12 +28,12 @@ def test_two_layers_hear_everything_and_one_does_not():
     assert pattern.reach(GRID, 1).sum() == GRID.size * (GRID.height + GRID.width - 1)
 
 
-@pytest.mark.parametrize("recurrence, heard", [(1, 7 + 11 - 1), (2, 7 * 11)])
-def test_recurrence_on_maps_carries_that_far(recurrence, heard):
+@pytest.mark.parametrize("recurrence, reached", [(1, 7 + 11 - 1), (2, 7 * 11)])
+def test_recurrence_on_maps_carries_that_far(recurrence, reached):
     layer = create_layer("criss_cross", DIM, recurrence=recurrence, init_gain=0.5).double()
     x = torch.randn(1, DIM, *GRID, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(layer(x)[0, :, 3, 8].sum(), x)
-    assert (slope != 0).any(dim=1).sum() == heard
+    assert (slope != 0).any(dim=1).sum() == reached
 
 
 def test_it_is_recurrent_on_maps_by_default_and_once_on_tokens():
@@ -59,10 +59,10 @@ def test_the_order_of_rows_and_of_columns_does_not_matter():
 def test_the_figure_in_the_refusal_of_causal_is_true():
     grid = Grid(6, 7)
     past = torch.ones(grid.size, grid.size, dtype=torch.bool).tril()
-    heard = one = create_block("criss_cross", DIM).pattern.mask(grid) & past
+    reached = one = create_block("criss_cross", DIM).pattern.mask(grid) & past
     for _ in range(6):
-        heard = (heard.float() @ one.float()) > 0
-    assert past.sum() == 903 and (past & ~heard).sum() == 315
+        reached = (reached.float() @ one.float()) > 0
+    assert past.sum() == 903 and (past & ~reached).sum() == 315
     assert "315 of 903 past pairs on 6×7" in create_block("criss_cross", DIM).not_causal
 
 

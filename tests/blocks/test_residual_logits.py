@@ -59,9 +59,9 @@ def test_its_attention_is_that_of_all_layers(layers):
             linear.weight.data[-DIM:] = torch.eye(DIM)
             linear.bias.data[-DIM:] = 0
     x = torch.randn(2, 5 + GRID.size, DIM, dtype=torch.float64)
-    heard = block.attention(x, GRID)
-    torch.testing.assert_close(heard.sum(-1), torch.ones_like(heard[..., 0]), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(block(x, GRID), (2**layers - 1) * heard[:, 0] @ x, rtol=1e-10, atol=1e-12)
+    reached = block.attention(x, GRID)
+    torch.testing.assert_close(reached.sum(-1), torch.ones_like(reached[..., 0]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(block(x, GRID), (2**layers - 1) * reached[:, 0] @ x, rtol=1e-10, atol=1e-12)
 
 
 def test_a_layer_learns_from_the_scores_that_it_leaves_to_later_ones():

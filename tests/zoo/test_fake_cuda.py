@@ -200,7 +200,7 @@ def test_a_loss_of_pixels_does_not_wait(cls, monkeypatch):
 @pytest.mark.parametrize(
     "block", ["dense", "strided", "window", "gaussian_prior", "single_head", "adaptive_span", "linear"]
 )
-@pytest.mark.filterwarnings("ignore:blocks=.*unheard")
+@pytest.mark.filterwarnings("ignore:blocks=.*unreached")
 def test_values_are_drawn_without_a_wait(block):
     model = pixel_model(blocks=block)
     with pretended_cuda():

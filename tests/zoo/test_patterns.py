@@ -142,10 +142,10 @@ def test_reach_is_where_paths_lead(pattern_case, height, width, layers, data):
     start = data.draw(st.integers(0, grid.size - 1))
     for pattern in patterns(pattern_case):
         sees = [{i for i, s in enumerate(row) if s} for row in pattern.mask(grid).tolist()]
-        heard = {start}
+        reached = {start}
         for _ in range(layers):
-            heard = heard.union(*(sees[i] for i in heard))
-        assert set(pattern.reach(grid, layers)[start].nonzero().flatten().tolist()) == heard
+            reached = reached.union(*(sees[i] for i in reached))
+        assert set(pattern.reach(grid, layers)[start].nonzero().flatten().tolist()) == reached
 
 
 def test_drawing_is_the_rule(pattern_case):
@@ -228,7 +228,7 @@ def test_heads_are_shared_out_in_order(heads, shares):
     assert torch.equal(masks, torch.stack(wanted)) and len(masks) == heads
 
 
-# Coverage: over enough layers, all of the past must be heard
+# Coverage: over enough layers, all of the past must be reached
 
 
 def closure(masks):
@@ -259,12 +259,12 @@ def test_coverage_of_the_past(name, options, missing):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         block = create_block(name, 32, num_heads=4, causal=True, **options)
-    heard = closure([[{i for i, s in enumerate(row) if s} for row in block.pattern.mask(grid).tolist()]])
-    unheard = sum(i + 1 - len(some) for i, some in enumerate(heard))
-    assert blind_spot([block.pattern]) == unheard
-    assert (unheard == 0) == (missing == 0)
+    reached = closure([[{i for i, s in enumerate(row) if s} for row in block.pattern.mask(grid).tolist()]])
+    unreached = sum(i + 1 - len(some) for i, some in enumerate(reached))
+    assert blind_spot([block.pattern]) == unreached
+    assert (unreached == 0) == (missing == 0)
     told = [str(one.message) for one in caught if one.category is BlindSpot]
-    assert len(told) == (unheard > 0) and all(f"causal {name} alone leaves {unheard} of 903" in one for one in told)
+    assert len(told) == (unreached > 0) and all(f"causal {name} alone leaves {unreached} of 903" in one for one in told)
 
 
 def test_a_causal_row_and_column_miss_the_upper_right():

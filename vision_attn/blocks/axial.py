@@ -4,8 +4,8 @@ Ho et al. 2019, Axial Transformer; Wang et al. 2020, Axial-DeepLab, https://arxi
     A_u = softmax over {v : col(v) = col(u)} of (q_u · k_v + q_u · r^q_{v-u} + k_v · r^k_{v-u}) d^-½, then over rows
 Cost: 2 N (H + W) d
 Computed: 1 ×
-``mode="sequential"`` (height, then width, as in Axial-DeepLab): every pixel hears every other. ``mode="sum"``: both
-steps see the input and their outputs are added; one such layer hears its row and column only.
+``mode="sequential"`` (height, then width, as in Axial-DeepLab): every pixel reaches every other. ``mode="sum"``: both
+steps see the input and their outputs are added; one such layer reaches its row and column only.
 ``length`` adds the learned relative positions r of Axial-DeepLab, shared by the heads; they are learned for an axis
 of that many pixels and resized linearly to any other.
 Deviations: scores are scaled by d^-½ (Axial-DeepLab: BatchNorm over the scores, which mixes the images of a batch).
@@ -107,7 +107,7 @@ class Block(Sequence):
         Others: those of `Mixer`.
     """
 
-    not_causal = "a causal column and a causal row never hear what is right of a pixel in the rows above"
+    not_causal = "a causal column and a causal row never reach what is right of a pixel in the rows above"
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ Huang et al. 2019, CCNet, https://arxiv.org/abs/1811.11721
 Cost: 2 N (H + W) d
 Computed: 1 ×
 One softmax over the H + W - 1 positions, the pixel itself counted once. On feature maps the layer is applied twice
-with the same weights and the same gain (``recurrence=2``), so that every pixel hears from every other through a
+with the same weights and the same gain (``recurrence=2``), so that every pixel reaches every other through a
 corner.
 Deviations: scores are scaled by d^-½ so that several heads and any width train alike (the paper: one head, no scale;
 ``num_heads=1, key_dim=dim // 8, scale=1.0`` gives it). ``proj`` follows the heads as in a ViT (the paper: none).
@@ -41,7 +41,7 @@ class Block(PatternMixer):
     """Criss-cross attention. ``recurrence``: times a layer on maps applies it; other arguments: `Mixer`."""
 
     not_causal = (
-        "what is right of a pixel in the rows above is never heard, at any depth (315 of 903 past pairs on 6×7)"
+        "what is right of a pixel in the rows above is never reached, at any depth (315 of 903 past pairs on 6×7)"
     )
 
     def __init__(self, dim, num_heads=None, *, recurrence: int = 2, **mixer):

@@ -4,7 +4,7 @@ Wang et al. 2020, Transformer on a Diet; Hassani & Shi 2022, DiNAT, https://arxi
     A_u = softmax over {v : row(v) - row(u) and col(v) - col(u) in s · {-r … r}} of q_u · k_v d^-½
 Cost: 2 N k² d
 Computed: 2 ×
-Here k = 2 r + 1 is ``kernel_size``. Layers with dilations 1, s, s² … hear far for the price of a small window. With
+Here k = 2 r + 1 is ``kernel_size``. Layers with dilations 1, s, s² … reach far for the price of a small window. With
 ``causal=True`` the part of the window that comes before in raster order, and the pixel itself. At the border the
 window is cut off; with ``border="shift"`` it moves inwards, in steps of s, as in DiNAT and NATTEN, and has k² pixels
 everywhere, or every s-th that an axis has where it is shorter.

@@ -6,7 +6,7 @@ Cost: 2 N (H + 3 W) d / 3
 Computed: 1.2 ×
 By default each third of the heads has one of the three; ``part="row"``, ``"column"`` or ``"previous_row"`` gives a
 layer one of them, to be cycled by the host, as the paper does. The previous row makes the causal set whole: a causal
-row and column never hear what is right of a pixel in the rows above. Without ``causal`` rows and columns go both ways,
+row and column never reach what is right of a pixel in the rows above. Without ``causal`` rows and columns go both ways,
 and the previous row is the rows above and below.
 With ``include_self=False`` the previous row is without the pixel itself, as in the authors' code, and the first row,
 which has none, takes 0 from it (the code: the mean of a row of zeros).

@@ -6,7 +6,7 @@ Gupta & Berant 2020, GMAT, https://arxiv.org/abs/2006.03274
 Cost: 2 N c² d + 5 N memory d
 Computed: 1 ×
 ``memory`` tokens m with a learned query μ and a learned part κ of their key; chunks are c × c pixels, c = ``chunk``.
-What a pixel takes from a memory token is what that one has read, so every pixel hears every other.
+What a pixel takes from a memory token is what that one has read, so every pixel reaches every other.
 Deviations: in the paper the memory goes along from layer to layer as tokens of their own, and is read one layer after
 it is written; a block knows one layer, so it writes first and is read then, and the memory starts anew in each. It
 reads the image alone (the paper: itself as well). Chunks

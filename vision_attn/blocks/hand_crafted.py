@@ -7,7 +7,7 @@ Computed: 0.0076 ×
 There are no queries and keys: what is looked at does not depend on the image. ``patterns`` names what equal shares of
 the heads have, in order; by default the row, the column and a step to each side, or the first of these where heads are
 fewer. A step stops at the border. With ``causal=True`` rows and columns end at the pixel itself, and the row above
-joins them: without it, what is right of a pixel in the rows above is never heard.
+joins them: without it, what is right of a pixel in the rows above is never reached.
 Prefix tokens look at all tokens alike (causal: at one another), and positions do not look at them.
 The source crafts attention for a line of audio frames by hand (fixed diagonals, blocks and verticals); these are their
 counterparts on a grid. Its present title is Input-independent Attention Weights Are Expressive Enough; the name here is

@@ -5,8 +5,8 @@ Huang et al. 2019, ISA; Yuan et al. 2021, OCNet, https://arxiv.org/abs/1907.1227
     short range: A_u = softmax over {v : v in the same factor × factor window as u} of q_u · k_v d^-½
 Cost: 2 N (N / f² + f²) d
 Computed: 1 ×
-Two steps, each with its own projections; together every pixel hears every other where the size is a multiple of the
-factor. Elsewhere the pixels of a cut window miss those whose place it lacks (14×14 with factor 8: 88 % are heard).
+Two steps, each with its own projections; together every pixel reaches every other where the size is a multiple of the
+factor. Elsewhere the pixels of a cut window miss those whose place it lacks (14×14 with factor 8: 88 % are reached).
 Deviations: padding is masked in both steps (the authors' code attends to it: in an untrained block in eval mode, at 9×9
 with factor 4, 38 % of the long-range weight falls on zeros), and put at the bottom and right instead of on both sides,
 so that the grouping does not move with the size. Projections are linear (the code: convolution, BatchNorm, ReLU, twice
@@ -52,7 +52,7 @@ class Apart(Pattern):
 class Block(Sequence):
     """Long range, then short range. ``factor``: window size, one integer or (height, width); the rest is `Mixer`'s."""
 
-    not_causal = "the past inside the groups of both steps leaves a third of all past pixels unheard, at any depth"
+    not_causal = "the past inside the groups of both steps leaves a third of all past pixels unreached, at any depth"
 
     def __init__(self, dim, num_heads=None, *, factor: int | tuple[int, int] = 8, **mixer):
         factor = check.pair("factor", factor)

@@ -68,7 +68,7 @@ class Block(Sequence):
         return self.run(x, grid, [partial(layer.mix, grid=grid) for layer in self.chain])[0]
 
     def attention(self, x, grid):
-        """What is heard through all layers: a mean over the ways through one or more of them, heads averaged.
+        """What is reached through all layers: a mean over the ways through one or more of them, heads averaged.
 
         With values and projections of identity the update is 2^layers - 1 times this. Of a single layer: its weights.
         """
@@ -77,10 +77,10 @@ class Block(Sequence):
         seen = [layer.weights(q, k, grid) for layer, (q, k, _) in zip(self.chain, mixed)]
         if len(seen) == 1:
             return seen[0]
-        heard = own = torch.eye(x.shape[1], dtype=seen[0].dtype, device=x.device)
+        reached = own = torch.eye(x.shape[1], dtype=seen[0].dtype, device=x.device)
         for weights in seen:
-            heard = heard + weights.mean(dim=1, keepdim=True) @ heard
-        return (heard - own) / (2 ** len(seen) - 1)
+            reached = reached + weights.mean(dim=1, keepdim=True) @ reached
+        return (reached - own) / (2 ** len(seen) - 1)
 
     def reference(self, x, grid):
         """The whole block by its definition: matrices of scores, added up from layer to layer."""

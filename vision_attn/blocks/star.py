@@ -11,7 +11,7 @@ The ring on a line of text, a word and its neighbours, becomes the k × k window
 Deviations: φ, the LayerNorm before the ring alone and no residual connection inside follow the code of fastNLP, of
 which there are several versions (the paper: LayerNorm(ReLU(MHA)) for both); the host has a residual. The LayerNorm has
 torch's ε of 1e-5 (that code: 1e-6). The relay is updated before the pixels of a round, not after, so that its last
-update is heard. At the border the ring is cut off (that code attends to keys of zeros there). Several rounds have no
+update is read. At the border the ring is cut off (that code attends to keys of zeros there). Several rounds have no
 matrix of weights: `attention` shows the last one.
 """
 

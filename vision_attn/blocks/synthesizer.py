@@ -7,7 +7,7 @@ Cost: 2 N (H + W) d
 Computed: 1 ×
 The paper's weights are an N×N matrix of logits, made by a two-layer network of each token (dense), learned (random),
 a learned product of two thin matrices (factorized) or a learned mixture. In two dimensions they are factored over
-the axes: first along the row of each pixel, then along the column, so that every pixel hears every other at the
+the axes: first along the row of each pixel, then along the column, so that every pixel reaches every other at the
 cost of two axes. The logits are learned for ``length`` pixels an axis and resized linearly to any other. The first
 layer of the network is the projection to queries; there are no keys.
 With ``causal=True`` a pixel takes from whole rows above and from its own row up to itself, exactly all of the past.

@@ -5,7 +5,7 @@ Ramachandran et al. 2019, SASA; Hassani et al. 2023, NATTEN, https://arxiv.org/a
 Cost: 2 N k² d
 Computed: 2 ×
 Here k = 2 r + 1 is ``kernel_size``. With ``causal=True`` the part of the window that comes before in raster order, and
-the pixel itself. A causal window alone never hears what is far to the right in the rows just above, at any depth.
+the pixel itself. A causal window alone never reaches what is far to the right in the rows just above, at any depth.
 At the border the window is cut off; with ``border="shift"`` it moves inwards, as in NAT and NATTEN, and has k² pixels
 everywhere, or all that an axis has where it is shorter.
 Deviations: cutting off is neither's way (SASA pads with zeros that are attended to). There are no relative positions

@@ -158,7 +158,7 @@ def queries_and_keys_are_normalised_on_request(case):
 def the_future_has_no_effect(case):
     """Whatever comes later in raster order, outputs are the same bits, also at scores beyond float16's range.
 
-    What is allowed to hear some of what has changed does so; without a pattern, everything later.
+    What is allowed to reach some of what has changed does so; without a pattern, everything later.
     """
     for dtype, size in ((torch.float64, 1), (torch.float16, 1000)):
         block, x = case.block(**case.wide_keys).to(dtype), (size * case.input(GRID)).to(dtype)
@@ -171,9 +171,9 @@ def the_future_has_no_effect(case):
                 other = block(changed, GRID)
                 past, was = other[:, : 5 + place + 1], out[:, : 5 + place + 1]
                 torch.testing.assert_close(past, was, rtol=0, atol=0, equal_nan=True)  # where outputs leave float16
-                if dtype == torch.float64:  # large scores may hear but one, which is not changed
-                    hears = seen[place + 1 :, place + 1 :].any(-1)
-                    assert (other[:, 5 + place + 1 :] != out[:, 5 + place + 1 :]).any(-1)[:, hears].all()
+                if dtype == torch.float64:  # large scores may reach but one, which is not changed
+                    reaches = seen[place + 1 :, place + 1 :].any(-1)
+                    assert (other[:, 5 + place + 1 :] != out[:, 5 + place + 1 :]).any(-1)[:, reaches].all()
 
 
 @holds_for("causal")
@@ -198,8 +198,8 @@ def step_by_step_it_gives_the_same(case):
 
 
 @holds_for("causal")
-def what_is_allowed_of_the_past_is_heard(case):
-    """The last position hears what its pattern allows; what chooses by content, what has a weight; others everything.
+def what_is_allowed_of_the_past_is_reached(case):
+    """The last position reaches what its pattern allows; what chooses by content, what has a weight; others everything.
 
     Exactly that, and itself as the one that asks.
     """
