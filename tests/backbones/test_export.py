@@ -52,7 +52,7 @@ def shape_of_input(path):
 
 
 def of_ones_own(block, attn_kwargs):
-    return nn.Sequential(nn.Conv2d(3, 24, 4, 4), create_layer(block, 24, **attn_kwargs), nn.Conv2d(24, 7, 3))
+    return nn.Sequential(nn.Conv2d(3, 24, 4, 4), create_layer(block, 24, **attn_kwargs), nn.Conv2d(24, 7, 3, padding=1))
 
 
 FREE = dict(dynamic_img_size=True)
