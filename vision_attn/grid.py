@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+from einops import rearrange
+from jaxtyping import Shaped
+from torch import Tensor
+
 from .traced import fixed
 
 
@@ -37,3 +41,11 @@ class Grid(NamedTuple):
                 "x must be (B, P + H·W, dim) with P ≥ 0 prefix tokens"
             )
         return prefix
+
+    def split(self, x: Shaped[Tensor, "B heads tokens d"]) -> tuple[Tensor, Tensor]:
+        """The prefix tokens (B, heads, P, d) and the positions (B, heads, H·W, d) of a sequence."""
+        return x.split([self.prefix_of(x.shape[2]), self.size], dim=2)
+
+    def maps(self, x: Shaped[Tensor, "B heads positions d"]) -> Shaped[Tensor, "B_heads H W d"]:
+        """The positions as maps, those of all images and heads in a row."""
+        return rearrange(x, "B n (H W) d -> (B n) H W d", H=self.height, W=self.width)

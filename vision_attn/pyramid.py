@@ -36,8 +36,8 @@ class Pyramid(Directed):
         return reduce(lambda a, b: a | b, (self.seen(level, qy, qx, ky, kx, grid) for level in levels))
 
     def known(self, x, grid):
-        first, pixels = x.split([grid.prefix_of(x.shape[2]), grid.size], dim=2)
-        pixels = rearrange(pixels, "B n (H W) d -> (B n) H W d", H=grid.height)
+        first, pixels = grid.split(x)
+        pixels = grid.maps(pixels)
         cells = [rearrange(means(pixels, side), "(B n) h w d -> B n (h w) d", n=x.shape[1]) for side in self.sides]
         return torch.cat([first, *cells], dim=2)
 

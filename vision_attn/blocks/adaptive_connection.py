@@ -90,9 +90,7 @@ class Block(Mixer):
     def mix(self, q, k, v, grid):
         prefix, wide = grid.prefix_of(q.shape[2]), at_least_float32(v)
         with outside_autocast(v):
-            (first_q, query), (first_k, keys), (first_v, values) = (
-                t.to(wide).split([prefix, grid.size], dim=2) for t in (q, k, v)
-            )
+            (first_q, query), (first_k, keys), (first_v, values) = (grid.split(t.to(wide)) for t in (q, k, v))
             parts = self.scores(query, keys, grid)
             chosen = self.best(*parts)
             seen = chosen.clamp(min=0)

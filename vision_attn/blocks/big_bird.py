@@ -155,7 +155,7 @@ class Block(PatternMixer):
         count = place.shape[0]
 
         def tiles(t):  # (B, heads · tiles, side², d)
-            maps = rearrange(t[:, :, prefix:], "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width)
+            maps = grid.maps(t[:, :, prefix:])
             return rearrange(fold.queries(maps), "(B n) t p d -> B (n t) p d", n=heads)
 
         def keys(t):  # (B, heads · tiles, first + m · side², d)

@@ -82,7 +82,7 @@ class Block(Mixer):
 
     def folded(self, t: Float[Tensor, "B heads N d"], grid: Grid) -> Float[Tensor, "b tiles pixels d"]:
         """Positions by tile, those of the images and heads in a row, padded with zeros."""
-        return self.tiles.queries(rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width))
+        return self.tiles.queries(grid.maps(t))
 
     @in_float32_where_slow
     def mix(self, q, k, v, grid):

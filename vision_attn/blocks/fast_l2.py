@@ -58,7 +58,7 @@ class Block(Mixer):
         q, k, values = unit(q), unit(k), v.to(at_least_float32(v))
         tokens, prefix = q.shape[2], grid.prefix_of(q.shape[2])
         if self.causal:
-            (first_q, q), (first_k, k), (first, values) = (t.split([prefix, grid.size], dim=2) for t in (q, k, values))
+            (first_q, q), (first_k, k), (first, values) = map(grid.split, (q, k, values))
             out = attend_past(q, k, values, state(first_k, first))
             out = torch.cat([attend(first_q, first_k, first), out], dim=2)
             seen = torch.arange(1, tokens + 1, device=v.device, dtype=out.dtype).clamp(min=prefix)[:, None]

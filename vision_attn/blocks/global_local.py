@@ -120,8 +120,7 @@ class Block(Mixer):
 
     def near_scores(self, q, k, grid):
         """Scores of the pixels near each, in the order of its tile's keys, (B, heads, N, keys)."""
-        maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height) for t in (q, k)]
-        queries, keys = self.near.queries(maps[0]), self.near.keys(maps[1])
+        queries, keys = self.near.queries(grid.maps(q)), self.near.keys(grid.maps(k))
         scores = rearrange(queries @ keys.transpose(-2, -1), "(B n) t q k -> B n t q k", n=self.num_heads)
         scores = scores + self.pixel_labels(q)[:, None]
         seen = self.near.mask(grid, q.device)
@@ -140,8 +139,7 @@ class Block(Mixer):
         return table.flatten(3).flatten(1, 2)
 
     def near_values(self, weights, v, grid):
-        maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height) for t in (weights, v)]
-        out = self.near.queries(maps[0]) @ self.near.keys(maps[1])
+        out = self.near.queries(grid.maps(weights)) @ self.near.keys(grid.maps(v))
         return rearrange(self.near.place(out, grid), "(B n) H W d -> B n (H W) d", n=self.num_heads)
 
     def weights(self, q, k, grid):

@@ -140,7 +140,7 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         prefix = grid.prefix_of(v.shape[2])
-        first, image = v.split([prefix, grid.size], dim=2)
+        first, image = grid.split(v)
         image = rearrange(image, "B n (H W) d -> B n H W d", H=grid.height)
         take = {name: lambda v, by=by: step(v, *by) for name, by in STEPS.items()} | {
             "row": lambda v: mean(v, 3, self.causal),

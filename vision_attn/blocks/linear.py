@@ -18,7 +18,7 @@ import torch
 from .. import check
 from ..engines.kernel import Recurrence, attend, attend_past, average, normalised, state, with_ones
 from ..mixer import Mixer
-from ..precision import at_least_float32, weight_of
+from ..precision import at_least_float32
 from ..traced import is_traced, is_transformed
 
 
@@ -85,10 +85,8 @@ class Block(Mixer):
         phi_q, phi_k = features_of_queries(q), features(k)
         if not self.causal:
             return average(phi_q, phi_k, v)
-        prefix, values = grid.prefix_of(q.shape[2]), with_ones(v.to(at_least_float32(v)))
-        (first_q, phi_q), (first_k, phi_k), (first, values) = (
-            t.split([prefix, grid.size], dim=2) for t in (phi_q, phi_k, values)
-        )
+        values = with_ones(v.to(at_least_float32(v)))
+        (first_q, phi_q), (first_k, phi_k), (first, values) = (grid.split(t) for t in (phi_q, phi_k, values))
         out = attend_past(phi_q, phi_k, values, state(first_k, first))
         return normalised(torch.cat([attend(first_q, first_k, first), out], dim=2)).to(v.dtype)
 
@@ -107,6 +105,6 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that linear attention knows of the past")
-        weight, channels = weight_of(self.qkv), (self.key_dim // self.num_heads, self.dim // self.num_heads + 1)
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        (key, value), factory = self.head_dims, self.factory(device, dtype)
+        channels = key, value + 1
         return Recurrence(features_of_queries, features, batch, self.num_heads, *channels, **factory)

@@ -84,9 +84,7 @@ class Block(Mixer):
         if not self.causal:
             return state(scores.softmax(dim=2), v).to(v.dtype).expand_as(v)
         values = with_ones(v.to(scores.dtype))
-        (first_k, k), (first, values) = (
-            t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in (scores.exp(), values)
-        )
+        (first_k, k), (first, values) = (grid.split(t) for t in (scores.exp(), values))
         before = state(first_k, first)
         out = torch.cat([before.expand_as(first), before + (k * values).cumsum(dim=2)], dim=2)
         return normalised(out).to(v.dtype)

@@ -123,7 +123,7 @@ class Block(Mixer):
 
     def blocks(self, t, grid):
         """Positions (B, heads, N, d) by block, (B, heads, blocks, pixels of a block, d), padded with zeros."""
-        maps = rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height)
+        maps = grid.maps(t)
         return rearrange(Tiles(self.stride).queries(maps), "(B n) c s d -> B n c s d", n=t.shape[1])
 
     def last_pixels(self, grid, device):

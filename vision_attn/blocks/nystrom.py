@@ -69,7 +69,7 @@ class Block(Mixer):
 
     def landmarks(self, t: Float[Tensor, "B heads tokens d"], grid: Grid) -> Float[Tensor, "B heads landmarks d"]:
         """Prefix tokens, and means of the cells."""
-        prefix, t = t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2)
+        prefix, t = grid.split(t)
         down, right = (spread(n, size, device=t.device, dtype=t.dtype) for n, size in zip(self.cells, grid))
         rows = down @ t.unflatten(2, (grid.height, grid.width)).flatten(3)  # (B, heads, cells, W · d)
         cells = right @ rows.unflatten(3, (grid.width, t.shape[3]))  # (B, heads, cells, cells, d)

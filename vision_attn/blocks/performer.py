@@ -97,9 +97,7 @@ class Block(Mixer):
     def mix_past(self, q, k, v, grid):
         """`mix` of each position with what comes before it."""
         parts = self.features_of_queries(q), self.features_of_keys(k), with_ones(v.to(at_least_float32(v)))
-        (first_q, q), (first_k, k), (first, values) = (
-            t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in parts
-        )
+        (first_q, q), (first_k, k), (first, values) = (grid.split(t) for t in parts)
         out = attend_past(q, k, values, state(first_k, first))
         return normalised(torch.cat([attend(first_q, first_k, first), out], dim=2)).to(v.dtype)
 

@@ -83,7 +83,7 @@ class Block(Mixer):
     @in_float32_where_slow
     def mix(self, q, k, v, grid):
         prefix, chosen = grid.prefix_of(q.shape[2]), self.choose(q, k, grid)
-        first, q = q.split([prefix, grid.size], dim=2)
+        first, q = grid.split(q)
         out = flash(torch.cat([first, rows(q, chosen)], dim=2), k, v, scale=self.scale)
         mean = v.mean(dim=2, keepdim=True, dtype=at_least_float32(v)).to(out.dtype)
         image = with_rows(mean.expand(-1, -1, grid.size, -1), chosen, out[:, :, prefix:])

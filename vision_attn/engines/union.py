@@ -134,8 +134,8 @@ def _mask_of_all(pattern, heads, grid, prefix: int, more: int, dtype, device):
 
 def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
     """Attention of the positions, without the prefix queries."""
-    heads, parts = q.shape[1], [t.split([grid.prefix_of(t.shape[2]), grid.size], dim=2) for t in (q, k, v)]
-    maps = [rearrange(t, "B n (H W) d -> (B n) H W d", H=grid.height, W=grid.width) for _, t in parts]
+    heads, parts = q.shape[1], [grid.split(t) for t in (q, k, v)]
+    maps = [grid.maps(t) for _, t in parts]
     before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
     flat = asked() == "flat" or (asked() == "auto" and len(key_sets) > 1 and flat_is_faster(key_sets, grid, q.device))
     kernel = kernel_for(*maps) if dropout == 0 and bias is None and not flat else None
