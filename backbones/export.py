@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from torch.utils._pytree import tree_flatten_with_path
 
 from vision_attn import Gate, Mixer, __version__, check, list_blocks
+from vision_attn.zoo import name_of
 
 from .hosts import input_size_of, takes
 
@@ -137,11 +138,11 @@ def describe_export(model: nn.Module, image_size: tuple[int, int]) -> dict:
     """What a file says of itself: model, blocks, image_size, mean, std, interpolation, crop_pct, num_classes and the
     version of vision_attn."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    modules = {type(m).__module__.rpartition(".")[2] for m in model.modules() if isinstance(m, (Gate, Mixer))}
+    blocks = {name_of(type(m)) for m in model.modules() if isinstance(m, (Gate, Mixer))}
     known = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct") if key in config}
     return {
         "model": config.get("architecture") or type(model).__name__,
-        "blocks": sorted(modules & set(list_blocks())),  # without what blocks are made of
+        "blocks": sorted(blocks & set(list_blocks())),  # without what blocks are made of
         "image_size": list(image_size),
         **known,
         "num_classes": getattr(model, "num_classes", None),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from vision_attn import Gate, Grid, OnTokens, create_block, create_layer
-from vision_attn.zoo import block_class
+from vision_attn.zoo import block_class, name_of
 
 from .grids import GridSource, carry, grid_source
 from .hosts import input_size_of, last_of, options_within, resolve, stages
@@ -35,7 +35,7 @@ class Behind:
 
 def insert(
     model: nn.Module,
-    block: str,
+    block: str | type,
     at: str | Iterable[str] | None = None,
     *,
     init_gain: float = 0.0,
@@ -49,7 +49,7 @@ def insert(
     on zeros, in eval mode, to learn the shapes: once where it lists its stages, else on wide and tall images too.
 
     Args:
-        block: one of `vision_attn.list_blocks`.
+        block: one of `vision_attn.list_blocks`, or a class of blocks.
         at: names of modules, with wildcards that do not cross dots ("layer3.*"), or several; None: after every
             stage of a convolutional network that timm lists in ``feature_info``, every block of a ViT. A gate leaves
             out the last of several blocks where a class token is read: it changes patch tokens, and nothing would
@@ -70,10 +70,10 @@ def insert(
     found = resolve(model, at, could, dict(model.named_modules(remove_duplicate=False)))
     names = list(dict.fromkeys(last_of(model, name) for name in found))  # "layer3" and "layer3.1" may be the same place
     size = input_size or input_size_of(model)
-    child, ready, options = f"attn_{block}", [], options_within(model, options)
+    child, ready, options = f"attn_{name_of(block)}", [], options_within(model, options)
     for name in names:
         if hasattr(model.get_submodule(name), child):
-            raise ValueError(f"at={at!r}: {name} already has a {block}")
+            raise ValueError(f"at={at!r}: {name} already has a {name_of(block)}")
     met = places(model, names, size)
     maps = ", ".join(name for name, place in met.items() if len(place.shape) == 4)
     for name, (shape, channel_axis) in met.items():

@@ -15,13 +15,13 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from vision_attn import list_blocks
+from vision_attn.zoo import follow_names
 
 
 def register_stock(
     stock: str, add: Callable, module: str, feature_cfg: dict, filter_weights: Callable | None = None
 ) -> None:
-    """Registers ``stock`` with every block of the zoo.
+    """Registers ``stock`` with every block there is, and with those that get a name later.
 
     Args:
         stock: a name that timm knows.
@@ -34,12 +34,15 @@ def register_stock(
     default = timm.get_pretrained_cfg(stock).tag
     # npz files are read by the stock class, past the filter below: leave the same weights' safetensors
     tags = {c.tag: dataclasses.replace(c, custom_load=False, url="") if c.custom_load else c for c in cfgs.values()}
-    for block in list_blocks():
+
+    def register(block: str) -> None:
         name = f"{stock}_{block}"
         marked = {f"{name}.{tag}{'*' if tag == default else ''}": cfg for tag, cfg in tags.items()}
         home = sys.modules[module]
         home.default_cfgs = {**getattr(home, "default_cfgs", {}), **generate_default_cfgs(marked)}
         register_model(_entrypoint(name, stock, block, add, module, feature_cfg, filter_weights))
+
+    follow_names(register)
 
 
 def _entrypoint(name, stock, block, add, module, feature_cfg, filter_weights):

@@ -20,7 +20,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from vision_attn import Mixer, create_block, create_layer
-from vision_attn.zoo import block_class
+from vision_attn.zoo import block_class, name_of
 
 from .grids import grid_source
 from .hosts import also_called, input_size_of, options_within, resolve, shapes_of
@@ -54,7 +54,7 @@ class Report(NamedTuple):
 
 def replace(
     model: nn.Module,
-    block: str,
+    block: str | type,
     at: str | Iterable[str] | None = None,
     *,
     input_size: tuple[int, int, int] | None = None,
@@ -66,7 +66,7 @@ def replace(
     squeeze-and-excite layers of convolutional networks to any block as a layer.
 
     Args:
-        block: one of `vision_attn.list_blocks`.
+        block: one of `vision_attn.list_blocks`, or a class of blocks.
         at: names, with wildcards that do not cross dots, of attention modules or of modules that hold them
             ("blocks.*.attn", "blocks.[6-9]"), or several; None: all.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
@@ -115,12 +115,14 @@ def _channels(model: nn.Module, names: list[str], size: tuple[int, int, int] | N
     return {name: calls[0][1] for name, calls in shapes.items()}
 
 
-def _layer_like(old: nn.Module, block: str, channels: int | None, options: dict) -> nn.Module:
+def _layer_like(old: nn.Module, block: str | type, channels: int | None, options: dict) -> nn.Module:
     """What takes the place of ``old``: a layer of its channels, or a mixer of its width, heads, biases and dropouts."""
     if isinstance(old, MAP_ATTENTION):
         return create_layer(block, channels, **options)
     if not issubclass(block_class(block), Mixer):
-        raise ValueError(f"block={block!r}: is a gate, it can't stand for self-attention; insert adds it behind one")
+        raise ValueError(
+            f"block={name_of(block)!r}: is a gate, it can't stand for self-attention; insert adds it behind one"
+        )
     has_norm = not isinstance(old.q_norm, nn.Identity)
     taken = dict(
         num_heads=old.num_heads, proj_bias=old.proj.bias is not None, qkv_bias=_fused_qkv(old)["bias"] is not None

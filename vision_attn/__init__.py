@@ -7,7 +7,7 @@ from .layout import OnMap, OnTokens
 from .mixer import Mixer
 from .pattern import Pattern
 from .recommend import recommend
-from .zoo import create_block, create_layer, describe, layer, list_blocks
+from .zoo import create_block, create_layer, describe, layer, list_blocks, register
 
 __all__ = [
     "Gate",
@@ -22,6 +22,7 @@ __all__ = [
     "layer",
     "list_blocks",
     "recommend",
+    "register",
     "route",
 ]
 __version__ = "0.1.0"

@@ -76,7 +76,7 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
 
 
 def show_recommended(
-    size: Grid, dim: int, device: str, causal: bool, blocks: str, seconds: float, batch: int, dtype: str
+    size: Grid, dim: int, device: str, causal: bool, blocks: list[str], seconds: float, batch: int, dtype: str
 ) -> None:
     more = dict(batch=batch, dtype=getattr(torch, dtype), blocks=blocks, seconds=seconds)
     found = recommend(*size, dim, device, causal, **more)
@@ -242,7 +242,7 @@ def parse(argv: list[str] | None) -> dict:
     sized(made, (64, 64), 256)
     timed(made, 1.0)
     made = command("recommend", show_recommended, "time and memory of all mixers beside dense attention")
-    made.add_argument("--blocks", default="*", help="wildcard of those to compare")
+    made.add_argument("--blocks", nargs="+", default=["*"], help="names or wildcards of those to compare")
     made.add_argument("--causal", action="store_true", help="in raster order")
     made.add_argument("--batch", type=int, default=1, help="images (default: 1)")
     types = "float32", "bfloat16", "float16", "float64"

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from .cost import clock, forward_backward, peak_memory, times
 from .engines.route import taken_routes
 from .grid import Grid
 from .pattern import BlindSpot
-from .zoo import create_block, describe, list_blocks
+from .zoo import create_block, describe, list_blocks, name_of
 
 
 class Measured(NamedTuple):
@@ -37,7 +37,7 @@ def recommend(
     num_heads: int | None = None,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
-    blocks: str = "*",
+    blocks: str | Sequence[str | type] = "*",
     seconds: float = 10.0,
 ) -> list[Measured]:
     """Time and memory of every mixer of the zoo beside dense attention, which runs torch's fused kernel; fastest first.
@@ -58,7 +58,7 @@ def recommend(
             that needs more heads than ``dim`` allows.
         batch: images.
         dtype: of weights and input.
-        blocks: wildcard of the blocks to compare; dense is always among them.
+        blocks: wildcard of the blocks to compare, or several, or classes of blocks; dense is always among them.
         seconds: that further rounds may take.
 
     Raises:
@@ -73,20 +73,22 @@ def recommend(
     check.boolean("causal", causal)
     check.not_negative("seconds", seconds)
     options = dict(num_heads=num_heads, device=device, dtype=dtype) | ({"causal": True} if causal else {})
-    chosen = [describe(name) for name in list_blocks(blocks)]
+    asked = [blocks] if isinstance(blocks, str) else blocks
+    some = [name for one in asked for name in (list_blocks(one) if isinstance(one, str) else [one])]
+    chosen = {name_of(one): one for one in some}
     mixers = {"dense": create_block("dense", dim, **options)}  # first, for its refusals are the caller's
     left_out = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BlindSpot)  # no matter of speed
-        for entry in chosen:
-            if entry.kind != "mixer":
-                left_out[entry.name] = "is a gate"
-            elif entry.name != "dense":
+        for name, block in chosen.items():
+            if describe(block).kind != "mixer":
+                left_out[name] = "is a gate"
+            elif name != "dense":
                 try:
-                    mixers[entry.name] = create_block(entry.name, dim, **options)
+                    mixers[name] = create_block(block, dim, **options)
                 except ValueError as refusal:  # of causal=True, or of heads that do not fit
-                    left_out[entry.name] = str(refusal)
-    if len(mixers) == 1 and not any(entry.name == "dense" for entry in chosen):
+                    left_out[name] = str(refusal)
+    if len(mixers) == 1 and "dense" not in chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no block matches"
         raise ValueError(f"blocks={blocks!r}: nothing to compare: {why}")
     grid = Grid(height, width)

@@ -1,4 +1,8 @@
-"""The zoo: every file in ``blocks/`` is a block, and its docstring is its entry in the tables."""
+"""The zoo: every file in ``blocks/`` is a block, and its docstring is its entry in the tables.
+
+Blocks of one's own get a name beside them by `register`, or by an entry point of the group ``vision_attn.blocks`` in an
+installed package: ``knight = "my_package.knight:Block"``. A class serves wherever a name does.
+"""
 
 import difflib
 import fnmatch
@@ -6,8 +10,11 @@ import inspect
 import itertools
 import pkgutil
 import re
-from collections.abc import Collection
+import warnings
+from collections.abc import Callable, Collection
+from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple
 
 from torch import nn
@@ -31,25 +38,99 @@ class Entry(NamedTuple):
     causal: bool
 
 
+GROUP = "vision_attn.blocks"  # of entry points
+
+_own: dict[str, type[Mixer] | type[Gate]] = {}  # that were registered
+_followers: list[Callable[[str], None]] = []  # are told each name that is registered
+
+
+def register(block: type[Mixer] | type[Gate], name: str) -> type[Mixer] | type[Gate]:
+    """Gives a block of one's own a name, everywhere that names are taken, and returns the class.
+
+    Where `backbones` is imported, before or after, there are timm models of that name, too.
+
+    Raises:
+        ValueError: the class is no block, the name is none or taken by another.
+
+        vision_attn.register(Knight, name="knight")
+        timm.create_model("resnet18_knight")
+    """
+    _check_class(block)
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name={name!r}: must be lower-case letters, digits and underscores, a letter first")
+    if _own.get(name) is block:
+        return block
+    if name in list_blocks():
+        raise ValueError(f"name={name!r}: there is a block of that name already")
+    _own[name] = block
+    for follow in _followers:
+        follow(name)
+    return block
+
+
+def follow_names(call: Callable[[str], None]) -> None:
+    """Calls ``call(name)`` for every block there is, and for each that is registered later."""
+    for name in list_blocks():
+        call(name)
+    _followers.append(call)
+
+
 def list_blocks(pattern: str = "*") -> list[str]:
-    """Names of all blocks that match a wildcard, sorted.
+    """Names of all blocks that match a wildcard, sorted: the zoo's, and one's own (`register`).
 
     Raises:
         ValueError: a name without wildcards that no block has; the nearest names are listed.
     """
-    names = sorted(module.name for module in pkgutil.iter_modules(blocks.__path__))
+    names = sorted({*_zoo(), *_own, *_of_packages()})
     found = fnmatch.filter(names, pattern)
     if not found and not re.search(r"[*?\[]", pattern):
         raise ValueError(f"block={pattern!r}: {_nearest(pattern, names)}")
     return found
 
 
-def block_class(name: str) -> type[Mixer] | type[Gate]:
-    """The class of a block. Raises ValueError for an unknown name, with the nearest ones."""
-    names = list_blocks()
-    if name not in names:
-        raise ValueError(f"block={name!r}: {_nearest(name, names)}")
-    return import_module(f"{blocks.__name__}.{name}").Block
+def _zoo() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(blocks.__path__)]
+
+
+@cache
+def _of_packages() -> dict[str, EntryPoint]:
+    found = {}
+    for point in entry_points(group=GROUP):
+        if point.name in found or point.name in _zoo():
+            warnings.warn(f"{GROUP}: {point.name} = {point.value} is left out: the name is taken", stacklevel=4)
+        else:
+            found[point.name] = point
+    return found
+
+
+def block_class(block: str | type[Mixer] | type[Gate]) -> type[Mixer] | type[Gate]:
+    """The class of a block. Raises ValueError for an unknown name, with the nearest ones, and for what is no block."""
+    if not isinstance(block, str):
+        return _check_class(block)
+    if block in _own:
+        return _own[block]
+    if block in _of_packages():
+        return _check_class(_of_packages()[block].load())
+    if block not in _zoo():
+        raise ValueError(f"block={block!r}: {_nearest(block, list_blocks())}")
+    return import_module(f"{blocks.__name__}.{block}").Block
+
+
+def name_of(block: str | type[Mixer] | type[Gate]) -> str:
+    """The name of a block: of a class that has none, its own in lower case (``MyBlock``: my_block)."""
+    if isinstance(block, str):
+        return block
+    _check_class(block)
+    if block.__module__.startswith(f"{blocks.__name__}."):
+        return block.__module__.rpartition(".")[2]
+    named = (name for name, own in _own.items() if own is block)
+    return next(named, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", block.__name__).lower())
+
+
+def _check_class(block) -> type[Mixer] | type[Gate]:
+    if not isinstance(block, type) or not issubclass(block, (Mixer, Gate)):
+        raise ValueError(f"block={block!r}: must be a name, or a subclass of Mixer or Gate")
+    return block
 
 
 def parameters(cls: type[Mixer] | type[Gate]) -> dict[str, inspect.Parameter]:
@@ -64,9 +145,9 @@ def parameters(cls: type[Mixer] | type[Gate]) -> dict[str, inspect.Parameter]:
     return {name: parameter for name, parameter in found.items() if name not in ("self", "dim", "pattern")}
 
 
-def check_options(name: str, options: Collection[str]) -> None:
+def check_options(block: str | type, options: Collection[str]) -> None:
     """Raises TypeError for an option that a block does not have, with the nearest one and all it has."""
-    known = list(parameters(block_class(name)))
+    name, known = name_of(block), list(parameters(block_class(block)))
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
@@ -74,11 +155,11 @@ def check_options(name: str, options: Collection[str]) -> None:
             raise TypeError(f"{option}: no option of {name}{nearest}; it has {', '.join(known)}")
 
 
-def create_block(name: str, dim: int, **options) -> Mixer | Gate:
+def create_block(block: str | type, dim: int, **options) -> Mixer | Gate:
     """A block on its own: a `Mixer` on tokens or a `Gate` on maps, as its paper has it.
 
     Args:
-        name: one of `list_blocks`.
+        block: one of `list_blocks`, or a class of blocks.
         dim: channels.
         options: of the block's class, for example ``num_heads``.
 
@@ -86,19 +167,19 @@ def create_block(name: str, dim: int, **options) -> Mixer | Gate:
         ValueError: unknown name, or an option out of range; ``causal=True`` for a block that can't be.
         TypeError: an option the block does not have.
     """
-    cls = block_class(name)
+    cls = block_class(block)
     if cls.not_causal and options.pop("causal", False):
-        raise ValueError(f"causal=True: {name} can't be causal: {cls.not_causal}")
-    check_options(name, options)
+        raise ValueError(f"causal=True: {name_of(block)} can't be causal: {cls.not_causal}")
+    check_options(block, options)
     return cls(dim, **options)
 
 
-def create_layer(name: str, dim: int, *, init_gain: float = 0.0, **options) -> OnMap:
+def create_layer(block: str | type, dim: int, *, init_gain: float = 0.0, **options) -> OnMap:
     """Any block as an (B, C, H, W) → (B, C, H, W) layer that is the identity until trained (``init_gain=0``)."""
-    return OnMap(create_block(name, dim, **options), init_gain)
+    return OnMap(create_block(block, dim, **options), init_gain)
 
 
-def layer(name: str, **options) -> type:
+def layer(block: str | type, **options) -> type:
     """`create_layer` as a class that takes the channel count: what timm's ``attn_layer`` slots ask for.
 
     >>> import timm
@@ -108,26 +189,31 @@ def layer(name: str, **options) -> type:
         ValueError: unknown name.
         TypeError: an option the block does not have.
     """
-    check_options(name, options.keys() - {"init_gain", "causal"})  # of the layer, and to be False for all
+    check_options(block, options.keys() - {"init_gain", "causal"})  # of the layer, and to be False for all
 
     class Layer:
         # Gives a plain OnMap, which copies and pickles. Some hosts pass their activation; a block keeps its paper's.
         def __new__(cls, channels: int, *, act_layer=None, **more):
-            return create_layer(name, channels, **{**options, **more})
+            return create_layer(block, channels, **{**options, **more})
 
-    Layer.__name__ = Layer.__qualname__ = f"layer({name!r})"
+    Layer.__name__ = Layer.__qualname__ = f"layer({name_of(block)!r})"
     return Layer
 
 
-def describe(name: str) -> Entry:
-    """A block's entry, read from the docstring of its file. Raises ValueError for an unknown name."""
-    cls = block_class(name)
-    text = inspect.getdoc(inspect.getmodule(cls))
+def describe(block: str | type) -> Entry:
+    """A block's entry, read from the docstring of its file, of one's own as far as it is told there.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    cls = block_class(block)
+    text = inspect.getdoc(inspect.getmodule(cls)) or ""
     line = r"(.+)\n\n(.+)\n(?:.*\n)*?Cost: (.+)\nComputed: ([\d.]+) ×"
-    title, source, cost, computed = re.match(line, text).groups()
+    told = re.match(line, text)
+    title, source, cost, computed = told.groups() if told else ((cls.__doc__ or "").partition("\n")[0], ", ", "", "")
     source, url = source.rsplit(", ", 1)
     kind = "gate" if issubclass(cls, Gate) else "mixer"
-    return Entry(name, title, source, url, cost, computed, kind, not cls.not_causal)
+    return Entry(name_of(block), title, source, url, cost, computed, kind, not cls.not_causal)
 
 
 def _nearest(name: str, names: list[str]) -> str:
