@@ -35,6 +35,7 @@ def test_messages_checks_and_annotations_stay_whole(tmp_path, monkeypatch):
     assert [mutant[1:5] for mutant in mutants("a.py")] == [(4, "off by one", "x <= 0", "(x < 0)")]
 
 
+@pytest.mark.slow
 def test_a_drill_lists_which_test_caught_what(tmp_path):
     path = tmp_path / "mutations.csv"
     command = [sys.executable, TESTS / "mutation_drill.py", "--files", "[blocks/criss_cross.py]", "--path", path]

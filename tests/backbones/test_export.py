@@ -70,7 +70,7 @@ def test_every_block_exports_for_any_size(tmp_path, make, args, block):
     assert_same_answers(model, tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("block", ["adaptive_span", "global_local"])
+@pytest.mark.parametrize("block", ["adaptive_span", pytest.param("global_local", marks=pytest.mark.slow)])
 def test_one_tile_when_traced_may_be_several(tmp_path, block):
     """What torch then says of shapes is wrong, and onnxruntime must not believe it."""
     model = alive(vit(block, dynamic_img_size=True)).eval()
@@ -117,7 +117,7 @@ def test_one_size_on_request(tmp_path):
     assert_same_answers(model, tmp_path / "new/folder/m.onnx", [(2, 23, 23)], channels=1)
 
 
-@pytest.mark.parametrize("opset", [18, 20, 23])
+@pytest.mark.parametrize("opset", [18, pytest.param(20, marks=pytest.mark.slow), 23])  # 20 is everywhere else
 def test_opsets(tmp_path, opset):
     model = alive(vit("dense", dynamic_img_size=True)).eval()
     backbones.export_onnx(model, tmp_path / "m.onnx", opset=opset)
@@ -417,8 +417,7 @@ class FixedPooling(Wrong):
         return F.interpolate(F.adaptive_avg_pool2d(x, 2), size=x.shape[2:])
 
 
-@pytest.mark.parametrize("gain", [0.0, 0.5])
-@pytest.mark.parametrize("wrong", [RootOfSize, OddOrEven, OwnPathForExport, FixedPooling])
+@in_turn({"wrong": [RootOfSize, OddOrEven, OwnPathForExport, FixedPooling], "gain": [0.0, 0.5]})
 def test_a_wrong_graph_is_an_error_and_leaves_no_file(tmp_path, wrong, gain):
     """Also where the layer's gain is still zero, so that the wrong part does not show in the output."""
     model = wrong(gain).eval()

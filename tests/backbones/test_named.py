@@ -102,7 +102,7 @@ def test_stochastic_depth(stock, args, size, block):
 
 @every_block
 def test_gates_sit_in_every_slot_and_mixers_behind_two_stages(block):
-    places = {".".join(name.split(".")[:2]) for name in blocks_in(made("resnet18", block))}
+    places = {".".join(name.split(".")[:2]) for name in blocks_in(made("resnet18", block, device="meta"))}
     everywhere = {f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)}
     assert places == (everywhere if block in GATES else {"layer2.1", "layer3.1"})
 
@@ -140,7 +140,7 @@ def test_behind_a_stage_of_a_resnet(block):
 
 @every_block
 def test_several_places_in_a_resnet(block):
-    model = made("resnet18", block, attn_at=["layer1", "layer[24].1", "layer*"])
+    model = made("resnet18", block, attn_at=["layer1", "layer[24].1", "layer*"], device="meta")
     stages = {f"layer{i}.1.attn_{block}" for i in (1, 2, 3, 4)}
     assert set(blocks_in(model)) == stages | {"layer2.1.se", "layer4.1.se"}
     assert made("resnet18", block, attn_at=("layer4.0",))(images((64, 64))).shape == (2, 7)

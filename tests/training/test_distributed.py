@@ -38,7 +38,7 @@ def compare(a, b):
             assert float(row[name]) == pytest.approx(float(same[name]), rel=1e-5, abs=0.3 if "top" in name else 0), name
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_train_like_one_and_any_number_goes_on(parallel, alone, tmp_path):
     argv = [*SHARED, *options(output=tmp_path, parallel=parallel, resume="auto")]
     process = start("train_imagenet", argv, processes=2)

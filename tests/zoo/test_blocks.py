@@ -17,7 +17,7 @@ def all_that_applies():
     """Every property with every case, those that are slow included.
 
     Quick is every property with each block's first options, and with its other options every third, in turn; the
-    definition with all of them. Of those that take long, one with each of a few blocks.
+    definition with all of them. Those that take long are tried with one of a few blocks each.
     """
     long = [each for each in reversed(PROPERTIES) if each.slow]
     for number, each in enumerate(PROPERTIES):
@@ -27,7 +27,7 @@ def all_that_applies():
                 block, first = block_of(case), block_of(case) not in met
                 met.add(block)
                 if each.slow:
-                    quick = first and block in OFTEN and long[OFTEN.index(block) % len(long)] is each
+                    quick = first and (each, block) in zip(long, OFTEN)
                 else:
                     quick = first or each.check is fast_path_is_the_definition or (place + number) % 3 == 0
                 marks = [] if quick else [pytest.mark.slow]

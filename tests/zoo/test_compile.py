@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import chosen, first_options
 
 from vision_attn.testing.case import BATCH
 
@@ -34,9 +35,10 @@ def maps(channels):
     return [[torch.randn(BATCH, channels, *size, dtype=torch.float64)] for size in SIZES]
 
 
-def test_compiled_gate_is_the_gate_in_training(gate_case):
+@pytest.mark.parametrize("case", first_options(chosen("gate_case")))
+def test_compiled_gate_is_the_gate_in_training(case):
     """Also over several inputs without an optimizer step between them, as when gradients are accumulated."""
-    gate = gate_case.block().train()
+    gate = case.block().train()
     assert_compiles(gate, maps(gate.dim), graphs=2)  # one more, for what is None at first
 
 

@@ -168,8 +168,9 @@ def test_gain_survives_the_initialisation_of_a_resnet(block_name):
     assert not torch.allclose(model(image), out)
 
 
-def test_a_resnet_learns_through_all_its_layers(block_name):
-    model = timm.create_model("resnet18", num_classes=7, block_args=dict(attn_layer=layer(block_name)))
+@pytest.mark.parametrize("block", often(list_blocks()))
+def test_a_resnet_learns_through_all_its_layers(block):
+    model = timm.create_model("resnet18", num_classes=7, block_args=dict(attn_layer=layer(block)))
     model(torch.randn(BATCH, 3, 67, 97)).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
