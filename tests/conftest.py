@@ -54,6 +54,7 @@ OPTIONS = {
     ],
     "longformer": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
     "low_rank": [{}, {"l2_norm": True}],
+    "lsh": [{"chunk": 5}, {"chunk": 3, "rounds": 3}],
     "luna": [{"memory": 5}],
     "memory_compressed": [{}, {"stride": (2, 5)}],
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
@@ -61,6 +62,7 @@ OPTIONS = {
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
     "prob_sparse": [{}, {"factor": 2, "cells": (2, 3)}],
     "random_features": [{"features": 67}],
+    "routing": [{}, {"clusters": 3, "chunk": 5}],
     "strided": [{}, {"split_heads": True}],
     "synthesizer": [
         {"length": (5, 7)},

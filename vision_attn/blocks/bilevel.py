@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import check
-from ..engines.selection import rows
+from ..engines.buckets import rows
 from ..engines.union import flash
 from ..grid import Grid
 from ..key_set import Tiles

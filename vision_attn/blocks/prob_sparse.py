@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import check
-from ..engines.selection import rows, with_rows
+from ..engines.buckets import rows
 from ..engines.union import flash
 from ..grid import Grid
 from ..mixer import Mixer, softmax_over
@@ -86,10 +86,11 @@ class Block(Mixer):
                 return self.mix(q.float(), k.float(), v.float(), grid).half()
         prefix, chosen = grid.prefix_of(q.shape[2]), self.choose(q, k, grid)
         first, q = q.split([prefix, grid.size], dim=2)
-        out = flash(torch.cat([first, rows(q, chosen)], dim=2), k, v, scale=self.scale)
-        mean = v.mean(dim=2, keepdim=True, dtype=at_least_float32(v)).to(out.dtype)
-        image = with_rows(mean.expand(-1, -1, grid.size, -1), chosen, out[:, :, prefix:])
-        return torch.cat([out[:, :, :prefix], image], dim=2)
+        asked = rows(q.flatten(0, 1), chosen.flatten(0, 1)).unflatten(0, q.shape[:2])
+        out = flash(torch.cat([first, asked], dim=2), k, v, scale=self.scale)
+        image = v.mean(dim=2, keepdim=True, dtype=at_least_float32(v)).to(out.dtype).expand(-1, -1, grid.size, -1)
+        image = with_rows(image.flatten(0, 1), chosen.flatten(0, 1), out[:, :, prefix:].flatten(0, 1))
+        return torch.cat([out[:, :, :prefix], image.unflatten(0, q.shape[:2])], dim=2)
 
     def weights(self, q, k, grid):
         prefix, chosen = grid.prefix_of(q.shape[2]), self.choose(q, k, grid)
@@ -99,3 +100,12 @@ class Block(Mixer):
 
     def extra_repr(self):
         return f"{super().extra_repr()}, factor={self.factor}, cells={self.cells}"
+
+
+def with_rows(
+    x: Float[Tensor, "b N d"], index: Int[Tensor, "b u"], new: Float[Tensor, "b u d"]
+) -> Float[Tensor, "b N d"]:
+    """``x`` with ``new`` in the place of some of its rows, the inverse of `rows`."""
+    b, n, d = x.shape
+    flat = (index + torch.arange(b, device=x.device)[:, None] * n).flatten()
+    return x.reshape(b * n, d).index_copy(0, flat, new.reshape(-1, d)).reshape(b, n, d)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from ..grid import Grid
 from .arguments import arguments, values_of
 from .case import EXAMPLES, GRID, GRIDS, PREFIXES, SMALL, holds_for, lived_in
-from .oracle import assert_equal, assert_same_function, definition, error, mixer_sides, sides, whole_sides
+from .oracle import (
+    assert_equal,
+    assert_same_function,
+    choosing_once,
+    definition,
+    error,
+    mixer_sides,
+    sides,
+    whole_sides,
+)
 
 
 @holds_for("any")
@@ -102,11 +111,12 @@ def half_precision_is_as_good_as_the_definition_in_it(case):
 def autocast_is_as_good_as_the_definition_in_half_precision(case):
     """Under autocast the error is at most twice that of the definition in the same type."""
     for dtype in (torch.bfloat16, torch.float16):
-        block, x = case.block(), case.input(GRID)
-        exact = case.run(definition(block), x, GRID)
-        plain = case.run(definition(block).to(dtype), x.to(dtype), GRID)
-        with case.trying(grid=GRID, dtype=dtype), torch.autocast("cpu", dtype):
-            out = case.run(block.float(), x.float(), GRID)
+        block, x = choosing_once(case.block()), case.input(GRID)
+        with case.trying(grid=GRID, dtype=dtype):
+            with torch.autocast("cpu", dtype):
+                out = case.run(copy.deepcopy(block).float(), x.float(), GRID)
+            exact = case.run(definition(block), x, GRID)
+            plain = case.run(definition(block).to(dtype), x.to(dtype), GRID)
             assert error(out, exact) <= 2 * error(plain, exact)
 
 

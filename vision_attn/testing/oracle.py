@@ -60,6 +60,28 @@ def definition(block):
     return block
 
 
+def choosing_once(block):
+    """The block, whose steps that choose by content (`choose`) choose once, also for copies that are made of it.
+
+    Rounding decides between two choices that are nearly as good: what is compared must have made the same.
+    """
+    for step in getattr(block, "steps", ()):
+        if hasattr(step, "choose"):
+            step.choose = _once(step.choose)
+    return block
+
+
+def _once(choose):
+    chosen = []
+
+    def first(*args):
+        if not chosen:
+            chosen.append(choose(*args))
+        return chosen[0]
+
+    return first
+
+
 def gradients(function, inputs, parameters):
     inputs = [x.clone().requires_grad_() for x in inputs]
     out = function(*inputs)
