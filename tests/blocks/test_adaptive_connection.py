@@ -95,3 +95,13 @@ def test_edges_of_pixels_that_are_all_alike_are_different_pixels():
     chosen = block.choose(q, k, GRID)
     assert all(len(edges.unique()) == 5 for edges in chosen.flatten(0, 2)) and (chosen >= 0).all()
     assert ((block.weights(q, k, GRID) - 0.2).abs() < 1e-12).sum() == chosen.numel()
+
+
+def test_numbers_that_are_none_stay_none():
+    """A choice among them must not leave the image, whose rows are fewer than edges."""
+    for bad in (torch.nan, torch.inf):
+        block, (q, k, v) = new(edges=16), random_qkv()
+        q[0, 0, 3, 1] = k[1, 2, 40, 0] = bad
+        assert block.choose(q, k, GRID).amax() < GRID.size
+        out = block.mix(q, k, v, GRID)
+        assert out[0, 1].isfinite().all() and not out[0, 0, 3].isfinite().all()

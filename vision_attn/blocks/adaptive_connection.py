@@ -4,7 +4,7 @@ Li et al. 2020, SAC, https://arxiv.org/abs/2003.09833
     A_u = softmax over the ``edges`` pixels v of largest g_uv of q_u · k_v d^-½ + g_uv
     g_uv = a_u · r_row(v) + b_u · c_column(v)    r, c: means over a row, a column of projected keys; a, b: of queries
 Cost: 2 N edges d + (2 d + (H + W) heads) N width
-Computed: 1 ×
+Computed: 1.6 ×
 In the paper an LSTM predicts edges one after another, each from the two ends of the last one, and is trained by
 REINFORCE with the task's reward; tokens then attend along edges alone. A block can't have that: the reward is known to
 the training loop, and edges drawn in turn take as many steps as there are edges. What is kept: edges are few, and are
@@ -66,7 +66,16 @@ class Block(Mixer):
         """Raster indices of the pixels that each pixel looks at, -1 where there are fewer. In at least float32."""
         prefix, wide = grid.prefix_of(q.shape[2]), at_least_float32(q)
         with outside_autocast(q):
-            return self.best(*self.scores(q[:, :, prefix:].to(wide), k[:, :, prefix:].to(wide), grid))
+            parts = self.scores(q[:, :, prefix:].to(wide), k[:, :, prefix:].to(wide), grid)
+        # there may be fewer rows, or columns, than edges: what is padded has a place below 0
+        (row, y), (column, x) = (
+            F.pad(part, (0, self.edges), value=-torch.inf).topk(self.edges, dim=-1) for part in parts
+        )
+        y, x = (at.masked_fill(at >= length, -grid.size) for at, length in zip((y, x), grid))
+        crossing = [(slice(i, i + 1), slice(self.edges // (i + 1))) for i in range(self.edges)]
+        score = torch.cat([row[..., i] + column[..., j] for i, j in crossing], dim=-1)
+        place = torch.cat([y[..., i] * grid.width + x[..., j] for i, j in crossing], dim=-1)
+        return place.gather(-1, score.topk(self.edges, dim=-1).indices).clamp(min=-1)
 
     def scores(self, q, k, grid):
         """The two parts of g: of each pixel for rows (B, heads, N, H) and for columns (B, heads, N, W)."""
@@ -74,29 +83,14 @@ class Block(Mixer):
         projections = zip(self.of_queries.to(q.dtype).unbind(), self.of_keys.to(q.dtype).unbind(), means)
         return [(q @ of_query) @ (mean @ of_key).transpose(-2, -1) for of_query, of_key, mean in projections]
 
-    @torch.no_grad()
-    def best(self, of_rows, of_columns):
-        """The table of `choose`, from the two parts of the scores."""
-        # there may be fewer of them than edges
-        (row, y), (column, x) = (
-            F.pad(part, (0, self.edges), value=-torch.inf).topk(self.edges, dim=-1) for part in (of_rows, of_columns)
-        )
-        crossing = [(slice(i, i + 1), slice(self.edges // (i + 1))) for i in range(self.edges)]
-        score = torch.cat([row[..., i] + column[..., j] for i, j in crossing], dim=-1)
-        place = torch.cat([y[..., i] * of_columns.shape[-1] + x[..., j] for i, j in crossing], dim=-1)
-        score, found = score.topk(self.edges, dim=-1)
-        return place.gather(-1, found).masked_fill(score == -torch.inf, -1)
-
     def mix(self, q, k, v, grid):
-        prefix, wide = grid.prefix_of(q.shape[2]), at_least_float32(v)
+        prefix, wide, chosen = grid.prefix_of(q.shape[2]), at_least_float32(v), self.choose(q, k, grid)
         with outside_autocast(v):
             (first_q, query), (first_k, keys), (first_v, values) = (grid.split(t.to(wide)) for t in (q, k, v))
-            parts = self.scores(query, keys, grid)
-            chosen = self.best(*parts)
-            seen = chosen.clamp(min=0)
+            seen, parts = chosen.clamp(min=0), self.scores(query, keys, grid)
             bias = sum(part.gather(-1, at) for part, at in zip(parts, rows_and_columns(seen, grid.width)))
             bias = bias.masked_fill(chosen < 0, -torch.inf)
-            near_k, near_v = (rows(t, seen.flatten(2)).unflatten(2, (grid.size, self.edges)) for t in (keys, values))
+            near_k, near_v = rows(keys, seen), rows(values, seen)  # (B, heads, N, edges, d)
             logits = self.scale * (query[..., None, :] @ near_k.transpose(-2, -1))[..., 0, :] + bias
             if not prefix:  # onnxruntime leaves a product over nothing as the memory was
                 weights = F.dropout(logits.softmax(dim=-1), self.dropout)
