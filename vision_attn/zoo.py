@@ -123,13 +123,17 @@ def name_of(block: str | type[Mixer] | type[Gate]) -> str:
     _check_class(block)
     if block.__module__.startswith(f"{blocks.__name__}."):
         return block.__module__.rpartition(".")[2]
-    named = (name for name, own in _own.items() if own is block)
-    return next(named, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", block.__name__).lower())
+    named = [name for name, own in _own.items() if own is block]
+    named += [
+        point.name for point in _of_packages().values() if point.value == f"{block.__module__}:{block.__qualname__}"
+    ]
+    return named[0] if named else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", block.__name__).lower()
 
 
 def _check_class(block) -> type[Mixer] | type[Gate]:
     if not isinstance(block, type) or not issubclass(block, (Mixer, Gate)):
-        raise ValueError(f"block={block!r}: must be a name, or a subclass of Mixer or Gate")
+        shown = f"{type(block).__name__}(…)" if isinstance(block, nn.Module) else repr(block)
+        raise ValueError(f"block={shown}: must be a name, or a subclass of Mixer or Gate")
     return block
 
 
