@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import GATES, OPTIONS, alive, every_block, in_turn
+from conftest import GATES, OFTEN, OPTIONS, alive, every_block, in_turn
 from torch import nn
 from torch.nn.utils import prune
 
@@ -56,10 +56,17 @@ def of_ones_own(block, attn_kwargs):
 
 
 FREE = dict(dynamic_img_size=True)
-HOSTS = [(vit, FREE), (of_ones_own, {}), pytest.param(resnet, {}, marks=pytest.mark.slow)]
 
 
-@in_turn({"block": list_blocks(), "make, args": HOSTS})
+def hosts_of_blocks():
+    """Every block in a small network; in a ViT, which takes longer, a few, in a ResNet none."""
+    for name in list_blocks():
+        yield pytest.param(of_ones_own, {}, name, id=f"of_ones_own-{name}")
+        yield pytest.param(vit, FREE, name, id=f"vit-{name}", marks=() if name in OFTEN else pytest.mark.slow)
+        yield pytest.param(resnet, {}, name, id=f"resnet-{name}", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("make, args, block", list(hosts_of_blocks()))
 def test_every_block_exports_for_any_size(tmp_path, make, args, block):
     model = alive(make(block, attn_kwargs=OPTIONS.get(block, [{}])[0], **args)).eval()
     errors = backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36))
