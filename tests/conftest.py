@@ -24,10 +24,11 @@ torch.set_num_threads(1)
 # Options that make a block more itself, at sizes that fit the suite. A block that is not here: with its defaults.
 OPTIONS = {
     "adaptive_span": [{}, {"span": 4, "ramp": 1.5}, {"span": 3, "include_self": False}],
-    "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}],
+    "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}, {"out_proj": False}],
     "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],
     "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
+    "criss_cross": [{}, {"out_proj": False}],
     "dilated": [
         {"kernel_size": 3, "dilation": (2, 3)},
         {"kernel_size": (3, 5), "dilation": (3, 2), "border": "shift"},
