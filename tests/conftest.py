@@ -33,11 +33,12 @@ torch.set_num_threads(1)
 OPTIONS = {
     "adaptive_connection": [{"edges": 5, "width": 3}],
     "adaptive_span": [{}, {"span": 4, "ramp": 1.5}, {"span": 3, "include_self": False}],
-    "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}],
+    "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}, {"out_proj": False}],
     "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],
     "bilevel": [{"tile": 3, "routes": 2}],
     "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
+    "criss_cross": [{}, {"out_proj": False}],
     "dilated": [
         {"kernel_size": 3, "dilation": (2, 3)},
         {"kernel_size": (3, 5), "dilation": (3, 2), "border": "shift"},

@@ -187,17 +187,17 @@ def test_cbam():
     assert len(report.copied) == len(ours.state_dict()) and not report.new and not report.unused
 
 
-@pytest.mark.parametrize("recurrence", [1, 2])
-def test_ccnet(recurrence):
+@pytest.mark.parametrize("recurrence, out_proj", [(1, True), (2, True), (2, False)])
+def test_ccnet(recurrence, out_proj):
     theirs = published(CrissCross(40))
-    options = dict(num_heads=1, key_dim=5, scale=1.0, recurrence=recurrence)
+    options = dict(num_heads=1, key_dim=5, scale=1.0, recurrence=recurrence, out_proj=out_proj)
     ours = create_layer("criss_cross", 40, **options).double().eval()
     report = backbones.load_authors(ours, theirs.state_dict(), "ccnet")
     x = image(40)
     expected = theirs(theirs(x)) if recurrence == 2 else theirs(x)
     same(ours(x), expected)
     assert theirs.gamma != 0 and report.copied == ("gain", "block.qkv.weight", "block.qkv.bias")
-    assert report.new == ("block.proj.weight", "block.proj.bias") and not report.unused
+    assert report.new == (("block.proj.weight", "block.proj.bias") if out_proj else ()) and not report.unused
 
 
 @pytest.mark.parametrize(

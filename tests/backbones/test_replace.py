@@ -216,6 +216,15 @@ def test_replaced_models_take_other_sizes_and_copies(block):
     assert torch.equal(twin(x), wanted) and torch.equal(model(x), wanted)
 
 
+def test_a_block_without_an_output_projection_leaves_that_of_the_host_over():
+    vit = made("vit_tiny_patch16_224", **VIT)
+    report = backbones.replace(vit, "criss_cross", out_proj=False)
+    names = [f"blocks.{i}.attn" for i in range(2)]
+    assert report.copied == attentions(names, ["qkv.weight", "qkv.bias"]) and report.new == ()
+    assert report.unused == attentions(names, ["proj.weight", "proj.bias"])
+    assert vit(images(48, 80)).isfinite().all()
+
+
 def test_a_second_block_takes_the_place_of_part_of_the_rest():
     model, x = made("vit_tiny_patch16_224", **VIT), images(48, 80)
     wanted = model(x)

@@ -103,3 +103,14 @@ def test_axes_have_projections_of_their_own_and_positions_of_their_own_length():
     assert columns.relative.shape == (2, 2 * 7 - 1, 13) and rows.relative.shape == (2, 2 * 11 - 1, 13)
     assert not torch.equal(columns.qkv.weight, rows.qkv.weight)
     assert not torch.equal(columns.proj.weight, rows.proj.weight)
+
+
+def test_without_output_projections_it_is_as_with_such_that_change_nothing():
+    plain = create_block("axial", DIM, num_heads=HEADS, out_proj=False).double()
+    assert set(plain.state_dict()) == {f"chain.{step}.qkv.{name}" for step in (0, 1) for name in ("weight", "bias")}
+    block = create_block("axial", DIM, num_heads=HEADS).double()
+    for step, other in zip(block.steps, plain.steps):
+        torch.nn.init.eye_(step.proj.weight), torch.nn.init.zeros_(step.proj.bias)
+        step.qkv.load_state_dict(other.qkv.state_dict())
+    x = torch.randn(2, 5 + GRID.size, DIM, dtype=torch.float64)
+    torch.testing.assert_close(plain(x, GRID), block(x, GRID), rtol=1e-12, atol=1e-12)

@@ -69,3 +69,13 @@ def test_the_figure_in_the_refusal_of_causal_is_true():
 def test_the_papers_choices_can_be_made():
     block = create_block("criss_cross", 64, num_heads=1, key_dim=8, scale=1.0, qkv_bias=True)
     assert block.qkv.out_features == 8 + 8 + 64 and block.scale == 1.0
+
+
+def test_without_an_output_projection_it_is_as_with_one_that_changes_nothing():
+    plain = create_block("criss_cross", DIM, num_heads=HEADS, out_proj=False).double()
+    assert set(plain.state_dict()) == {"qkv.weight", "qkv.bias"}
+    block = create_block("criss_cross", DIM, num_heads=HEADS).double()
+    torch.nn.init.eye_(block.proj.weight), torch.nn.init.zeros_(block.proj.bias)
+    block.qkv.load_state_dict(plain.qkv.state_dict())
+    x = torch.randn(2, 5 + GRID.size, DIM, dtype=torch.float64)
+    torch.testing.assert_close(plain(x, GRID), block(x, GRID), rtol=1e-12, atol=1e-12)

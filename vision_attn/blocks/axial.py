@@ -10,9 +10,9 @@ steps see the input and their outputs are added; one such layer reaches its row 
 of that many pixels and resized linearly to any other.
 Deviations: scores are scaled by d^-½ (Axial-DeepLab: BatchNorm over the scores, which mixes the images of a batch).
 Positions act on queries and keys; its value term r^v is left out, so that the output stays weights @ v, as are its
-BatchNorms of qkv and output; its queries and keys are half as wide (``key_dim``), and it has no ``proj``. Its code
-counts r^q the other way, by u - v. Ho et al. have no r. The sum is a reading of their layer that common code has made
-usual.
+BatchNorms of qkv and output; its queries and keys are half as wide (``key_dim``), and it has no ``proj``
+(``out_proj=False``). Its code counts r^q the other way, by u - v. Ho et al. have no r. The sum is a reading of their
+layer that common code has made usual.
 
 >>> from vision_attn import Grid
 >>> print(Column().draw(Grid(3, 5), 1, 3))
@@ -41,9 +41,11 @@ from ..precision import at_least_float32
 class Along(PatternMixer):
     """Attention along one axis, with relative positions if ``length`` is given."""
 
-    def __init__(self, axis, length, dim, num_heads, *, device=None, dtype=None, **mixer):
+    def __init__(self, axis, length, out_proj, dim, num_heads, *, device=None, dtype=None, **mixer):
         super().__init__((Column(), Row())[axis], dim, num_heads, device=device, dtype=dtype, **mixer)
         self.axis, self.length = axis, length
+        if not out_proj:
+            self.proj = nn.Identity()
         size = (2, 2 * length - 1, self.key_dim // self.num_heads) if length else None  # r^q and r^k, by offset
         self.relative = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if length else None
         self.reset_parameters()
@@ -104,6 +106,8 @@ class Block(Sequence):
     Args:
         mode: "sequential" (height, then width) or "sum".
         length: axis length that relative positions are learned for, an integer or (height, width); None: no positions.
+        out_proj: whether a projection, ``proj``, follows the heads of each step; without it, as in Axial-DeepLab,
+            ``proj_bias`` has no effect.
         Others: those of `Mixer`.
     """
 
@@ -116,11 +120,13 @@ class Block(Sequence):
         *,
         mode: Literal["sequential", "sum"] = "sequential",
         length: int | tuple[int, int] | None = None,
+        out_proj: bool = True,
         **mixer,
     ):
         check.one_of("mode", mode, ("sequential", "sum"))
         lengths = (None, None) if length is None else check.pair("length", length)
-        super().__init__(*(Along(axis, lengths[axis], dim, num_heads, **mixer) for axis in (0, 1)))
+        check.boolean("out_proj", out_proj)
+        super().__init__(*(Along(axis, lengths[axis], out_proj, dim, num_heads, **mixer) for axis in (0, 1)))
         self.mode = mode
 
     def forward(self, x, grid):

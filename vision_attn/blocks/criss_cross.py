@@ -8,7 +8,8 @@ One softmax over the H + W - 1 positions, the pixel itself counted once. On feat
 with the same weights and the same gain (``recurrence=2``), so that every pixel reaches every other through a
 corner.
 Deviations: scores are scaled by d^-½ so that several heads and any width train alike (the paper: one head, no scale;
-``num_heads=1, key_dim=dim // 8, scale=1.0`` gives it). ``proj`` follows the heads as in a ViT (the paper: none).
+``num_heads=1, key_dim=dim // 8, scale=1.0`` gives it). ``proj`` follows the heads as in a ViT (the paper: none, as
+with ``out_proj=False``).
 On tokens the block is applied once: there the depth of the ViT is the recurrence.
 
 >>> from vision_attn import Grid
@@ -19,6 +20,8 @@ On tokens the block is applied once: there the depth of the ViT is the recurrenc
 """
 
 from dataclasses import dataclass
+
+from torch import nn
 
 from .. import check
 from ..key_set import Columns, Rows
@@ -38,13 +41,25 @@ class CrissCross(Pattern):
 
 
 class Block(PatternMixer):
-    """Criss-cross attention. ``recurrence``: times a layer on maps applies it; other arguments: `Mixer`."""
+    """Criss-cross attention.
+
+    Args:
+        recurrence: times a layer on maps applies it.
+        out_proj: whether a projection, ``proj``, follows the heads; without it, as in the paper, ``proj_bias`` has no effect.
+        Others: those of `Mixer`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
 
     not_causal = (
         "what is right of a pixel in the rows above is never reached, at any depth (315 of 903 past pairs on 6×7)"
     )
 
-    def __init__(self, dim, num_heads=None, *, recurrence: int = 2, **mixer):
+    def __init__(self, dim, num_heads=None, *, recurrence: int = 2, out_proj: bool = True, **mixer):
         super().__init__(CrissCross(), dim, num_heads, **mixer)
         check.positive_int("recurrence", recurrence)
+        check.boolean("out_proj", out_proj)
         self.recurrence = recurrence
+        if not out_proj:
+            self.proj = nn.Identity()
