@@ -28,6 +28,7 @@ OPTIONS = {
     "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],
     "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
+    "clustered": [{}, {"cells": (2, 3), "top": 5}],
     "dilated": [
         {"kernel_size": 3, "dilation": (2, 3)},
         {"kernel_size": (3, 5), "dilation": (3, 2), "border": "shift"},
