@@ -38,6 +38,7 @@ OPTIONS = {
     "bilevel": [{"tile": 3, "routes": 2}],
     "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
+    "clustered": [{}, {"cells": (2, 3), "top": 5}],
     "criss_cross": [{}, {"out_proj": False}],
     "dilated": [
         {"kernel_size": 3, "dilation": (2, 3)},

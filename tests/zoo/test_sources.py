@@ -44,6 +44,7 @@ PAPERS = {
     "2006.05174": ("Wu", "Hand-crafted Attention", "Input-independent Attention Weights Are Expressive Enough"),
     "2006.16236": ("Katharopoulos", "Transformers are RNNs", "Transformers are RNNs: Fast Autoregressive Transformers"),
     "2007.03815": ("Hu", "FANet", "Real-time Semantic Segmentation with Fast Attention"),
+    "2007.04825": ("Vyas", "Clustered Attention", "Fast Transformers with Clustered Attention"),
     "2007.14062": ("Zaheer", "Big Bird", "Big Bird: Transformers for Longer Sequences"),
     "2009.14794": ("Choromanski", "Performer", "Rethinking Attention with Performers"),
     "2012.11747": ("He", "RealFormer", "RealFormer: Transformer Likes Residual Attention"),
