@@ -48,6 +48,15 @@ def test_more_routes_than_tiles_and_tiles_larger_than_the_image_see_everything(o
     torch.testing.assert_close(block.mix(q, k, v, GRID), expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("grid", [Grid(6, 9), Grid(6, 11), Grid(7, 9)])
+def test_a_border_that_cuts_tiles_or_does_not(grid, prefix):
+    """Where it does not there is no mask."""
+    block, (q, k, v) = new(), random_qkv(prefix + grid.size)
+    expected = block.weights(q, k, grid) @ v
+    torch.testing.assert_close(block.mix(q, k, v, grid), expected, rtol=1e-11, atol=1e-13)
+
+
 def test_tiles_of_one_pixel_choose_pixels():
     block, (q, k, _) = new(tile=1, routes=3), random_qkv()
     seen = block.weights(q, k, GRID)[:, 0] > 0

@@ -40,7 +40,7 @@ from ..grid import Grid
 from ..key_set import Tiles
 from ..mixer import Mixer, softmax_over
 from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
-from ..traced import least
+from ..traced import is_traced, least
 
 
 class Block(Mixer):
@@ -94,12 +94,17 @@ class Block(Mixer):
             """Prefix tokens and the pixels of the chosen tiles, (b, tiles, keys, d)."""
             found = rows(self.folded(t[:, :, prefix:], grid).flatten(2), of_heads)
             found = rearrange(found, "(B n) (t r) (p d) -> B n t (r p) d", n=heads, r=routes, p=pixels)
-            first = t[:, :, None, :prefix].expand(-1, -1, found.shape[2], -1, -1)
-            return torch.cat([first, found], dim=3).flatten(0, 1)
+            if prefix:
+                first = t[:, :, None, :prefix].expand(-1, -1, found.shape[2], -1, -1)
+                found = torch.cat([first, found], dim=3)
+            return found.flatten(0, 1)
 
-        there = self.tiles.numbers(grid, q.device)[1] >= 0  # (tiles, pixels)
-        mask = there.index_select(0, chosen.flatten()).reshape(*chosen.shape[:2], routes * pixels)
-        mask = F.pad(mask, (prefix, 0), value=True)[:, None, :, None].expand(-1, heads, -1, pixels, -1).flatten(0, 1)
+        mask = None
+        if is_traced() or grid.height % self.side or grid.width % self.side:  # the border cuts tiles
+            there = self.tiles.numbers(grid, q.device)[1] >= 0  # (tiles, pixels)
+            mask = there.index_select(0, chosen.flatten()).reshape(*chosen.shape[:2], routes * pixels)
+            mask = F.pad(mask, (prefix, 0), value=True)[:, None, :, None]
+            mask = mask.expand(-1, heads, -1, pixels, -1).flatten(0, 1)
         options = dict(dropout_p=self.dropout, scale=self.scale)
         out = flash(self.folded(q[:, :, prefix:], grid), keys(k), keys(v), attn_mask=mask, **options)
         out = rearrange(self.tiles.place(out, grid), "(B n) H W d -> B n (H W) d", n=heads)
