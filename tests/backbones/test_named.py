@@ -189,11 +189,10 @@ def test_options_reach_a_layer(block):
         assert all(m.gain.item() == 0.25 for m in model.modules() if isinstance(m, Residual))
 
 
-@every_mixer
-def test_bad_options_are_named(block):
-    for stock in ("resnet18", "vit_tiny_patch4_32"):
-        with pytest.raises(ValueError, match="num_heads=5"):
-            made(stock, block, attn_kwargs=dict(num_heads=5))
+@in_turn({"block": MIXERS, "stock": ["resnet18", "vit_tiny_patch4_32"]})
+def test_bad_options_are_named(block, stock):
+    with pytest.raises(ValueError, match="num_heads=5"):
+        made(stock, block, attn_kwargs=dict(num_heads=5))
 
 
 @every_mixer
@@ -327,7 +326,7 @@ def test_layer_in_a_slot_of_timm(block):
 
 @every_block
 def test_blocks_of_a_vit_are_what_they_should_be(block):
-    model = made("vit_tiny_patch4_32", block, device="meta")
+    model = made("vit_tiny_patch4_32", block, depth=2, device="meta")
     for name in blocks_in(model):
         kind = OnTokens if block in GATES else Mixer
         assert isinstance(model.get_submodule(name), kind)

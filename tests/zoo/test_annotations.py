@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-WHICH = {"quick": ["-m", "not slow", "-k", "float32 or on_tokens"]}
+WHICH = {"quick": ["-m", "not slow", "-k", "float32_is_close or on_tokens_is_bit_for_bit"]}
 WHICH["all"] = ["-k", "(definition or reference or mask or identity) and not any_size"]
 
 
