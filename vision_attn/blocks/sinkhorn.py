@@ -29,7 +29,7 @@ from ..engines.union import flash
 from ..key_set import Tiles
 from ..mixer import Mixer
 from ..precision import at_least_float32, is_slow, outside_autocast
-from ..traced import least
+from ..traced import fixed, least
 
 
 class Block(Mixer):
@@ -146,7 +146,7 @@ class Block(Mixer):
 
     def attend(self, q, keys, values, before, mask):
         """Attention of blocks to their ``keys`` as ``mask`` (blocks, places, keys) says, and to all that is before."""
-        blocks, prefix = q.shape[1], before[0].shape[2]
+        blocks, prefix = q.shape[1], fixed(before[0].shape[2])
         if prefix:
             keys, values = ([t.expand(-1, blocks, -1, -1), *parts] for t, parts in zip(before, (keys, values)))
             mask = F.pad(mask, (prefix, 0), value=True)
