@@ -89,7 +89,7 @@ class Block(Mixer):
                 )
                 cluster = near.argmax(dim=-1).reshape(x.shape[:3])
             if not self.top:
-                return cluster, cluster[:, :, :0, None]
+                return cluster, cluster.new_zeros(x.shape[0], x.shape[1], self.count, 0)
             scores = self.means(x, cluster)[0] @ k.to(wide).transpose(-2, -1)
         return cluster, scores.topk(least(self.top, k.shape[2]), dim=-1).indices
 

@@ -111,7 +111,8 @@ class Block(Mixer):
             seen = chunks.seen(past=True, itself=torch.ones_like(chosen, dtype=torch.bool))
             return attend(x, x, v, grid, [chunks], [seen], causal=True, scale=self.scale, dropout=self.dropout)
         prefix = grid.prefix_of(q.shape[2])
-        out = self.of_clusters(x.flatten(0, 1), v.flatten(0, 1), prefix, chosen).unflatten(0, q.shape[:2])
+        out = self.of_clusters(x.flatten(0, 1), v.flatten(0, 1), prefix, chosen)
+        out = out.reshape(q.shape[0], q.shape[1], grid.size, v.shape[3])
         return torch.cat([flash(x[:, :, :prefix], x, v, scale=self.scale), out], dim=2) if prefix else out
 
     def of_clusters(self, x, v, prefix, members):
