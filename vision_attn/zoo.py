@@ -159,11 +159,11 @@ def check_options(block: str | type, options: Collection[str]) -> None:
             raise TypeError(f"{option}: no option of {name}{nearest}; it has {', '.join(known)}")
 
 
-def create_block(block: str | type, dim: int, **options) -> Mixer | Gate:
+def create_block(name: str | type, dim: int, **options) -> Mixer | Gate:
     """A block on its own: a `Mixer` on tokens or a `Gate` on maps, as its paper has it.
 
     Args:
-        block: one of `list_blocks`, or a class of blocks.
+        name: one of `list_blocks`, or a class of blocks.
         dim: channels.
         options: of the block's class, for example ``num_heads``.
 
@@ -171,19 +171,19 @@ def create_block(block: str | type, dim: int, **options) -> Mixer | Gate:
         ValueError: unknown name, or an option out of range; ``causal=True`` for a block that can't be.
         TypeError: an option the block does not have.
     """
-    cls = block_class(block)
+    cls = block_class(name)
     if cls.not_causal and options.pop("causal", False):
-        raise ValueError(f"causal=True: {name_of(block)} can't be causal: {cls.not_causal}")
-    check_options(block, options)
+        raise ValueError(f"causal=True: {name_of(name)} can't be causal: {cls.not_causal}")
+    check_options(name, options)
     return cls(dim, **options)
 
 
-def create_layer(block: str | type, dim: int, *, init_gain: float = 0.0, **options) -> OnMap:
+def create_layer(name: str | type, dim: int, *, init_gain: float = 0.0, **options) -> OnMap:
     """Any block as an (B, C, H, W) → (B, C, H, W) layer that is the identity until trained (``init_gain=0``)."""
-    return OnMap(create_block(block, dim, **options), init_gain)
+    return OnMap(create_block(name, dim, **options), init_gain)
 
 
-def layer(block: str | type, **options) -> type:
+def layer(name: str | type, **options) -> type:
     """`create_layer` as a class that takes the channel count: what timm's ``attn_layer`` slots ask for.
 
     >>> import timm
@@ -193,31 +193,31 @@ def layer(block: str | type, **options) -> type:
         ValueError: unknown name.
         TypeError: an option the block does not have.
     """
-    check_options(block, options.keys() - {"init_gain", "causal"})  # of the layer, and to be False for all
+    check_options(name, options.keys() - {"init_gain", "causal"})  # of the layer, and to be False for all
 
     class Layer:
         # Gives a plain OnMap, which copies and pickles. Some hosts pass their activation; a block keeps its paper's.
         def __new__(cls, channels: int, *, act_layer=None, **more):
-            return create_layer(block, channels, **{**options, **more})
+            return create_layer(name, channels, **{**options, **more})
 
-    Layer.__name__ = Layer.__qualname__ = f"layer({name_of(block)!r})"
+    Layer.__name__ = Layer.__qualname__ = f"layer({name_of(name)!r})"
     return Layer
 
 
-def describe(block: str | type) -> Entry:
+def describe(name: str | type) -> Entry:
     """A block's entry, read from the docstring of its file, of one's own as far as it is told there.
 
     Raises:
         ValueError: an unknown name.
     """
-    cls = block_class(block)
+    cls = block_class(name)
     text = inspect.getdoc(inspect.getmodule(cls)) or ""
     line = r"(.+)\n\n(.+)\n(?:.*\n)*?Cost: (.+)\nComputed: ([\d.]+) ×"
     told = re.match(line, text)
     title, source, cost, computed = told.groups() if told else ((cls.__doc__ or "").partition("\n")[0], ", ", "", "")
     source, url = source.rsplit(", ", 1)
     kind = "gate" if issubclass(cls, Gate) else "mixer"
-    return Entry(name_of(block), title, source, url, cost, computed, kind, not cls.not_causal)
+    return Entry(name_of(name), title, source, url, cost, computed, kind, not cls.not_causal)
 
 
 def _nearest(name: str, names: list[str]) -> str:

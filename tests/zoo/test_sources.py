@@ -30,6 +30,7 @@ PAPERS = {
     "1912.00835": ("Mehta", "LAMA", "Low Rank Factorization for Compact Multi-Head Self-Attention"),
     "1912.12180": ("Ho", "Axial Transformer", "Axial Attention in Multidimensional Transformers"),
     "2001.04451": ("Kitaev", "Reformer", "Reformer: The Efficient Transformer"),
+    "2002.11296": ("Tay", "Sparse Sinkhorn Attention", "Sparse Sinkhorn Attention"),
     "2003.02436": ("Shazeer", "Talking-Heads Attention", "Talking-Heads Attention"),
     "2003.05997": ("Roy", "Routing Transformer", "Efficient Content-Based Sparse Attention with Routing Transformers"),
     "2003.09833": ("Li", "SAC", "SAC: Accelerating and Structuring Self-Attention via Sparse Adaptive Connection"),

@@ -4,8 +4,8 @@ Vyas et al. 2020, Clustered Attention, https://arxiv.org/abs/2007.04825
     A_i = softmax over j of q̄_c · k_j d^-½      c = c(i), the cluster of i      q̄_c: mean of its queries
     improved: of T_c, the ``top`` keys of the largest q̄_c · k_j, only the sum is kept, for i to share out by itself:
     A_ij = (Σ_{t ∈ T_c} A_ct) · softmax over j ∈ T_c of q_i · k_j d^-½      for j ∈ T_c
-Cost: (2 + 2 iterations) N cells² d + 2 N top d
-Computed: 1.1 ×
+Cost: (2 + iterations) N cells² d + 2 N top d
+Computed: 1 ×
 In two dimensions clusters are superpixels: they start as ``cells`` × ``cells`` equal parts of the image, and move by
 ``iterations`` rounds of k-means of the queries of each head; one that has lost all its tokens is out. That does without
 a draw: the same image has the same clusters always. Gradients go through the means, not through the choice.
@@ -89,7 +89,7 @@ class Block(Mixer):
                 )
                 cluster = near.argmax(dim=-1).reshape(x.shape[:3])
             if not self.top:
-                return cluster, cluster[:, :, :0, None]
+                return cluster, cluster.new_zeros(x.shape[0], x.shape[1], self.count, 0)
             scores = self.means(x, cluster)[0] @ k.to(wide).transpose(-2, -1)
         return cluster, scores.topk(least(self.top, k.shape[2]), dim=-1).indices
 

@@ -33,6 +33,7 @@ from ..engines.union import flash
 from ..grid import Grid
 from ..mixer import Mixer
 from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
+from ..traced import fixed, is_traced
 
 EPSILON = 1e-5  # of the LayerNorm
 
@@ -109,13 +110,14 @@ class Block(Mixer):
             seen = chunks.seen(past=True, itself=torch.ones_like(chosen, dtype=torch.bool))
             return attend(x, x, v, grid, [chunks], [seen], causal=True, scale=self.scale, dropout=self.dropout)
         prefix = grid.prefix_of(q.shape[2])
-        out = self.of_clusters(x.flatten(0, 1), v.flatten(0, 1), prefix, chosen).unflatten(0, q.shape[:2])
+        out = self.of_clusters(x.flatten(0, 1), v.flatten(0, 1), prefix, chosen)
+        out = out.reshape(q.shape[0], q.shape[1], grid.size, v.shape[3])
         return torch.cat([flash(x[:, :, :prefix], x, v, scale=self.scale), out], dim=2) if prefix else out
 
     def of_clusters(self, x, v, prefix, members):
         """What positions get of their clusters' ``members`` (b, clusters, w) and of the prefix tokens, (b, N, d)."""
         x_before, v_before, x, v = (t[:, some] for some in (slice(prefix), slice(prefix, None)) for t in (x, v))
-        b, n, width = v.shape
+        n = v.shape[1]
         queries, values = rows(x, members), rows(v, members)
         keys, itself = queries, v  # of a token that sees nothing else
         if prefix:
@@ -127,15 +129,25 @@ class Block(Mixer):
             own, others = (self.scale * scores).softmax(dim=-1).split([1, prefix], dim=-1)
             itself = own * v + others @ v_before
         out = flash(queries, keys, values, scale=self.scale).to(at_least_float32(v))  # (b, clusters, w, d)
-        flat = (members + torch.arange(b, device=x.device)[:, None, None] * n).flatten()
-        total, times = (
-            torch.zeros_like(v[..., : some.shape[1]], dtype=some.dtype)
-            .reshape(b * n, some.shape[1])
-            .index_add(0, flat, some)
-            .reshape(b, n, some.shape[1])
-            for some in (out.reshape(flat.shape[0], width), torch.ones_like(flat, dtype=out.dtype)[:, None])
-        )
+        total, times = self.summed(out, members, n)
         return torch.where(times > 0, (total / times.clamp(min=1)).to(v.dtype), itself)
+
+    def summed(self, out, members, n):
+        """What each position got in all of its clusters, (b, N, d), and in how many it is, (b, N, 1)."""
+        b, _, size, width = out.shape
+        if out.device.type == "cpu" and not is_traced():
+            flat = (members + torch.arange(b, device=out.device)[:, None, None] * n).flatten()
+            parts = out.flatten(0, 2), out.new_ones(flat.shape[0], 1)
+            sums = (out.new_zeros(b * n, t.shape[1]).index_add(0, flat, t) for t in parts)
+            return tuple(t.reshape(b, n, t.shape[1]) for t in sums)
+        # cluster by cluster: on CUDA sums to one place have no order
+        place = torch.arange(size, device=out.device).expand_as(members)
+        none = torch.zeros_like(members[..., :1]) - 1
+        found = none.expand(-1, -1, n).scatter(2, members, place)  # (b, clusters, N)
+        first = torch.arange(self.clusters, device=out.device)[:, None] * size
+        there = (found >= 0)[..., None].to(out.dtype)
+        parts = rows(out.flatten(1, 2), found.clamp(min=0) + first) * there
+        return parts.sum(dim=1), there.sum(dim=1)
 
     def note(self, q, grid):
         """Tells the centroids, in training, of the positions nearest to each: their mean, times their share."""
@@ -143,7 +155,7 @@ class Block(Mixer):
             with torch.no_grad(), outside_autocast(q):
                 x, nearest = self.positions(q, grid), self.near(q, grid).argmax(dim=2, keepdim=True)
                 hot = (nearest == torch.arange(self.clusters, device=q.device)[:, None]).to(x.dtype)
-                mean = (hot @ x).mean(dim=0) * (self.clusters / (grid.size * q.shape[-1] ** 0.5))
+                mean = (hot @ x).mean(dim=0) * (self.clusters / (grid.size * fixed(q.shape[-1]) ** 0.5))
             self.centroids.note(mean)
 
     def weights(self, q, k, grid):
@@ -179,7 +191,7 @@ class Block(Mixer):
 
 def normalised(q: Tensor) -> Tensor:
     """LayerNorm(q), in at least float32."""
-    return F.layer_norm(q.to(at_least_float32(q)), q.shape[-1:], eps=EPSILON)
+    return F.layer_norm(q.to(at_least_float32(q)), (fixed(q.shape[-1]),), eps=EPSILON)
 
 
 class Centroids(StepAverage):

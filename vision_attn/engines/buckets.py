@@ -36,9 +36,15 @@ class Chunks(KeySet):
         place = torch.arange(n, device=bucket.device).expand(b, -1)
         zero = torch.zeros_like(bucket[:, :1])  # under vmap only what comes of a table can be written into
         order = (bucket * n + place).argsort(dim=1)
-        self.sizes = zero.expand(-1, count).scatter_add(1, bucket, torch.ones_like(bucket))  # of the buckets
-        before = self.sizes.cumsum(dim=1) - self.sizes  # tokens of earlier buckets
-        self.rank = zero.expand(-1, n).scatter(1, order, place) - before.gather(1, bucket)  # in its bucket
+        # where each bucket begins and ends among the sorted tokens; what adds as it scatters has no order on CUDA
+        sorted_ = bucket.gather(1, order)
+        same = sorted_[:, 1:] == sorted_[:, :-1]
+        none = zero.expand(-1, count + 1)  # the last takes what begins or ends no bucket
+        last = torch.cat([torch.where(same, count, sorted_[:, :-1]), sorted_[:, -1:]], dim=1)
+        first = torch.cat([sorted_[:, :1], torch.where(same, count, sorted_[:, 1:])], dim=1)
+        ends, begins = none.scatter(1, last, place + 1)[:, :count], none.scatter(1, first, place)[:, :count]
+        self.sizes = ends - begins  # of the buckets
+        self.rank = zero.expand(-1, n).scatter(1, order, place) - begins.gather(1, bucket)  # in its bucket
         own = self.rank // size  # chunk of its bucket
         whole = (self.sizes + size - 1) // size
         first = whole.cumsum(dim=1) - whole  # chunk of each bucket
