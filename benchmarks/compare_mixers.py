@@ -40,16 +40,21 @@ IMAGES = {"digits": 1_437, "cifar10": 10_000}  # to train on, the first ones
 EPOCHS = {"digits": 10, "cifar10": 3}
 # Where the defaults are for larger images: at 8×8 they see all, or nearly all
 AT_8X8 = {
+    "adaptive_connection": {"edges": 8},
     "adaptive_span": {"span": 3},
     "big_bird": {"tile": 2, "drawn": 1, "tokens": 2},
+    "bilevel": {"tile": 2},
     "dilated": {"kernel_size": 3},
     "fixed": {"c": 2},
     "global_memory": {"chunk": 4},
     "global_tokens": {"kernel_size": 3, "tokens": 4},
     "hand_crafted": {"num_heads": 6},  # one for each of its patterns
+    "inducing_points": {"points": 8},
     "interlaced_sparse": {"factor": 4},
     "linformer": {"rank": 4, "length": 8},
     "longformer": {"kernel_size": 3, "tokens": 4},
+    "nystrom": {"cells": 4},
+    "prob_sparse": {"factor": 2, "cells": 4},
 }
 
 

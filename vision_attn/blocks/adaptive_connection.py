@@ -105,9 +105,10 @@ class Block(Mixer):
         prefix = grid.prefix_of(q.shape[2])
         y, x = (c.flatten().to(q.device) for c in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
         g = 0
-        for of_queries, of_keys, place in zip(self.of_queries.to(q.dtype), self.of_keys.to(q.dtype), (y, x)):
+        lines = (y, grid.width), (x, grid.height)
+        for of_queries, of_keys, (place, pixels) in zip(self.of_queries.to(q.dtype), self.of_keys.to(q.dtype), lines):
             same = (place[:, None] == place).to(q.dtype)  # the pixels of its row, or column, for each pixel
-            means = torch.einsum("ij,bnjd,ndw->bniw", same / same.sum(dim=1), k[:, :, prefix:], of_keys)
+            means = torch.einsum("ij,bnjd,ndw->bniw", same / pixels, k[:, :, prefix:], of_keys)
             g = g + torch.einsum("bnid,ndw,bnjw->bnij", q[:, :, prefix:], of_queries, means)
         chosen = self.choose(q, k, grid)
         seen = torch.zeros(*chosen.shape[:3], grid.size + 1, dtype=torch.bool, device=q.device)

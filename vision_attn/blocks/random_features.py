@@ -9,9 +9,9 @@ E φ(q̂) · φ(k̂) = exp(-‖σ (q̂ - k̂)‖² / 2), which between unit vect
 ``features``) is normal: a buffer, saved with the weights, which `redraw` draws anew. σ, for each channel of each head,
 is learned: at 1 the largest weight is but e² times the smallest.
 The estimate may be negative, the less often the more features: 0.4 % of its values at M = 32, 0.04 % at 64. A sum of
-weights is taken for at least 0.1, as in the authors' code; rows of ``weights`` then sum to less than 1, or below 0. The
-sum over an image is far above that, unless all its keys are alike and all are estimated badly, and so is that of the
-first pixels with ``causal=True``, unless a few are. Everything is computed in at least float32.
+weights is taken for at least 0.1, as in the authors' code; rows of ``weights`` then sum to less than 1, or below 0. It
+is far above that over a whole image, unless all keys are alike and their one value is estimated badly; with
+``causal=True`` it may be less for the first pixels. Everything is computed in at least float32.
 With ``causal=True`` the sums are over what comes before in raster order and the pixel itself: prefix sums in chunks of
 64, which adds 64 N (2 M heads + d), and pixel by pixel a recurrent state of 2 M (d / heads + 1) numbers a head. The
 order of positions does not matter otherwise; prefix tokens are ordinary and, if causal, come first of all.
