@@ -45,7 +45,8 @@ class Block(PatternMixer):
 
     Args:
         recurrence: times a layer on maps applies it.
-        out_proj: whether a projection, ``proj``, follows the heads; without it, as in the paper, ``proj_bias`` has no effect.
+        out_proj: whether a projection, ``proj``, follows the heads; without it, as in the paper, ``proj_bias`` has no
+            effect.
         Others: those of `Mixer`.
 
     Raises:
