@@ -4,11 +4,13 @@ Beltagy et al. 2020, Longformer; Zhang et al. 2021, ViL, https://arxiv.org/abs/2
     A_u = softmax over {v : v in the window of u, dilated by head} ∪ {v : v global} of q_u · k_v d^-½
     A_g = softmax over all v of q'_g · k'_v d^-½, applied to v'_v, for g global
 Cost: 2 N (k² + 2 tokens) d
-Computed: 1.9 ×
+Computed: 2.2 ×
 Global are the prefix tokens of the host (ViL's reading for images: learned tokens) and the first ``tokens`` positions
 in raster order, so that a map without prefix tokens has some and the pattern can be causal. What they look at goes
 through queries, keys and values of their own. With ``causal=True`` all is cut to what comes before. With ``tokens=0``
 prefix tokens alone are global; where there are none, the projections of their own get a gradient of 0.
+Where they are few they look at the channels of all pixels as these are: for each head d multiply-adds in place of
+d / heads, which are computed more, but no keys and values of all pixels.
 Windows on a line of text become squares.
 Deviations: scores of global keys, as seen by the others, use the common projections, as in the code. The second
 projections start on their own (the paper: as copies of the first). ViL's global tokens have an output projection of
