@@ -131,7 +131,7 @@ def test_cost_stands_beside_dense(causal, run):
     words = ["--size", "5x7", "--dim", "32", "--seconds", "0", *(["--set", "causal=true"] if causal else [])]
     lines = run("cost", "window", "--set", "kernel_size=3", *words)
     rows = table(lines)
-    assert list(rows) == ["window", "dense", "/"] and lines[-1] == "route: dense"
+    assert list(rows) == ["window", "dense", "/"] and lines[-1] == "route: union"
     block = create_block("window", 32, kernel_size=3, causal=causal)
     counted = flops(block, torch.randn(1, 35, 32), (5, 7))
     assert float(rows["window"][0]) == pytest.approx(counted / 1e9, rel=0.01)
@@ -163,7 +163,7 @@ def test_recommendations_come_fastest_first(run):
     assert rows["dense"][1] == rows["dense"][3] == "1"
     times = [float(row[0]) for row in rows.values()]
     assert times == sorted(times) and lines[0].startswith("causal mixers")
-    assert rows["window"][-1] == "dense" and len(rows["linear"]) == len(rows["window"]) - 1  # which has no pattern
+    assert rows["window"][-1] == "union" and len(rows["linear"]) == len(rows["window"]) - 1  # which has no pattern
 
 
 # Bad input
