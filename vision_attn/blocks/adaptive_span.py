@@ -37,12 +37,13 @@ from torch import Tensor, nn
 
 from .. import check
 from ..engines.cache import Store
-from ..engines.union import attend
+from ..engines.route import note, takes_dense
+from ..engines.union import attend, flash
 from ..grid import Grid
-from ..key_set import Everything, Only
+from ..key_set import Everything, Only, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Past, Pattern, Window
-from ..precision import at_least_float32
+from ..precision import at_least_float32, in_float32_where_slow
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class Block(Mixer):
         return m.masked_fill(m == 0, 1).log().masked_fill(m == 0, torch.finfo(m.dtype).min)
 
     def mix(self, q, k, v, grid):
+        if takes_dense(grid.size <= 28 * 28):
+            return self.mix_by_mask(q, k, v, grid)
         (keys,) = self.window.key_sets()
         (radius, _), (size, _) = keys.radius, keys.tile(q.device)
         tile, around = torch.arange(size, device=q.device), torch.arange(-radius, size + radius, device=q.device)
@@ -142,8 +145,27 @@ class Block(Mixer):
         distance = torch.maximum(down[:, None, :, None], right[None, :, None, :]).flatten(2).flatten(0, 1)
         bias = self.bias(distance).to(v.dtype)[:, None].repeat(q.shape[0], 1, 1, 1)  # (B · heads, 1, queries, keys)
         out = attend(q, k, v, grid, self.window, scale=self.scale, dropout=self.dropout, bias=bias)
-        if self.alone(0, grid) and q.shape[2] == grid.size:
-            out = F.pad(out.narrow(2, 1, grid.size - 1), (0, 0, 1, 0))
+        return self.without_alone(out, grid)
+
+    @in_float32_where_slow
+    def mix_by_mask(self, q, k, v, grid):
+        """The same for small grids: log m of all pairs is one mask."""
+        note("dense")
+        prefix, place = grid.prefix_of(q.shape[2]), torch.arange(grid.size, device=q.device)
+        y, x = rows_and_columns(place, grid.width)
+        bias = self.bias(torch.maximum((y - y[:, None]).abs(), (x - x[:, None]).abs()))  # (heads, N, N)
+        least = torch.finfo(v.dtype).min / 2
+        if self.causal:
+            bias = bias.masked_fill(place > place[:, None], least)
+        bias = F.pad(bias.clamp(min=least), (0, 0, prefix, 0), value=least if self.causal else 0.0)
+        bias = F.pad(bias, (prefix, 0)).to(v.dtype)[None]
+        out = flash(q, k, v, attn_mask=bias, dropout_p=self.dropout, scale=self.scale)
+        return self.without_alone(out, grid)
+
+    def without_alone(self, out, grid):
+        """The output, without that of a pixel that sees nothing."""
+        if self.alone(0, grid) and out.shape[2] == grid.size:
+            return F.pad(out.narrow(2, 1, grid.size - 1), (0, 0, 1, 0))
         return out
 
     def alone(self, place, grid):

@@ -32,11 +32,13 @@ first 1,024 positions alone. Its global blocks are the first and the last.
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from .. import check
+from ..engines.route import note, takes_dense
 from ..engines.union import flash
 from ..grid import Grid
 from ..key_set import Everything, Only, Tiles, rows_and_columns
@@ -149,6 +151,8 @@ class Block(PatternMixer):
 
     @in_float32_where_slow
     def mix(self, q, k, v, grid):
+        if takes_dense(grid.size <= 25 * 25):
+            return self.mix_by_mask(q, k, v, grid)
         heads, prefix, fold = q.shape[1], grid.prefix_of(q.shape[2]), Tiles((self.side, self.side))
         first = prefix + least(self.tokens, grid.size)  # tokens that all see
         seen, place = self.seen(grid), fold.numbers(grid, q.device)[0]  # (heads, tiles, m), (tiles, side²)
@@ -185,6 +189,21 @@ class Block(PatternMixer):
             return torch.cat([start, out], dim=2)
         start = flash(q[:, :, :first], k, v, **options)
         return torch.cat([start, out.narrow(2, first - prefix, grid.size - first + prefix)], dim=2)
+
+    def mix_by_mask(self, q, k, v, grid):
+        """The same for small grids: one call with the whole mask of each head."""
+        note("dense")
+        (height, width), prefix, seen = grid, grid.prefix_of(q.shape[2]), self.seen(grid)
+        y, x, place = torch.arange(height)[:, None], torch.arange(width), torch.arange(grid.size, device=q.device)
+        tile = (y // self.side * -(-width // self.side) + x // self.side).flatten().to(q.device)  # of each pixel
+        count = seen.shape[1]
+        tiles = torch.zeros(*seen.shape[:2], count + 1, dtype=torch.bool, device=q.device)
+        tiles = tiles.scatter(2, seen.masked_fill(seen < 0, count), True)  # (heads, tiles, tiles)
+        mask = tiles[:, tile][:, :, tile] | (place < self.tokens)
+        mask = mask & (place <= place[:, None]) if self.causal else mask | (place < self.tokens)[:, None]
+        mask = F.pad(mask, (0, 0, prefix, 0), value=not self.causal)
+        mask = F.pad(mask, (prefix, 0), value=True)[None]
+        return flash(q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
 
     def seen(self, grid: Grid) -> Int[Tensor, "heads tiles m"]:
         """The tiles that each tile sees, near ones and drawn ones; -1: there is none."""

@@ -68,6 +68,11 @@ def asked() -> str:
     return _asked.get()
 
 
+def takes_dense(faster: bool) -> bool:
+    """Whether the whole mask is asked for, or ``faster`` where the route is free; graphs keep key sets."""
+    return asked() == "dense" or (asked() == "auto" and faster and not is_traced())
+
+
 def note(name: str) -> None:
     """Notes that a route is taken."""
     if not is_traced() and (taken := _taken.get()) is not None:
@@ -75,8 +80,8 @@ def note(name: str) -> None:
 
 
 def dense_is_faster(pattern: Pattern, heads: int, grid: Grid, device: torch.device) -> bool:
-    """Whether one masked N×N call takes less time than calls of the pattern's key sets."""
-    if grid.size > LARGEST_DENSE:
+    """Whether one masked N×N call takes less time than calls of the pattern's key sets; the size is not traced."""
+    if is_traced() or grid.size > LARGEST_DENSE:
         return False
     try:
         cost = _cost(pattern, heads, grid, device)

@@ -21,7 +21,7 @@ from ..precision import at_least_float32, is_slow, outside_autocast
 from ..traced import fixed, is_passing, is_traced
 from . import flex
 from .flash import BLOCKS, added, by_launches, hiding, kernel_for, mask_of, merged
-from .route import asked, dense_is_faster, flat_is_faster, note
+from .route import asked, dense_is_faster, flat_is_faster, note, takes_dense
 
 
 def attend(
@@ -53,7 +53,7 @@ def attend(
         if not pattern.causal:
             return out
         out = out[:, :, prefix:]
-    elif bias is None and _goes_dense(pattern, q.shape[1], grid, q.device):
+    elif bias is None and takes_dense(dense_is_faster(pattern, q.shape[1], grid, q.device)):
         return _dense(q, k, v, grid, pattern, scale, dropout)
     elif bias is None and dropout == 0 and asked() == "flex" and _takes_flex(q, pattern):
         note("flex")
@@ -99,12 +99,6 @@ def _by_launches(q, k, v, attn_mask=None, **options):
         return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options),)
 
     return by_launches(call, q, k, v, mask)[0]
-
-
-def _goes_dense(pattern, heads, grid, device) -> bool:
-    if asked() == "auto":
-        return not is_traced() and dense_is_faster(pattern, heads, grid, device)
-    return asked() == "dense"
 
 
 def _takes_flex(q, pattern) -> bool:

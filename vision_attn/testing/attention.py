@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import nn
 
+from ..engines.route import route
 from .case import BATCH, GRID, GRIDS, HEADS, KEY, PREFIXES, SMALL, holds_for
 from .oracle import assert_equal, assert_same_bits, assert_same_function, sides, step_sides
 
@@ -160,12 +161,14 @@ def the_future_has_no_effect(case):
 
     What is allowed to reach some of what has changed does so; without a pattern, everything later.
     """
-    for dtype, size in ((torch.float64, 1), (torch.float16, 1000)):
+    trials = itertools.product(("union", "auto"), ((torch.float64, 1), (torch.float16, 1000)))
+    for name, (dtype, size) in trials:
         block, x = case.block(**case.wide_keys).to(dtype), (size * case.input(GRID)).to(dtype)
-        out = block(x, GRID)
+        with route(name):
+            out = block(x, GRID)
         seen = block.pattern.mask(GRID) if hasattr(block, "pattern") else torch.ones(GRID.size, GRID.size)
         for place in (0, GRID.width - 1, GRID.width, GRID.size // 2):
-            with case.trying(grid=GRID, place=place, dtype=dtype):
+            with case.trying(grid=GRID, place=place, dtype=dtype, route=name), route(name):
                 changed = x.clone()
                 changed[:, 5 + place + 1 :] = 10 * size * torch.randn_like(changed[:, 5 + place + 1 :])
                 other = block(changed, GRID)

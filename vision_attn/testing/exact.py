@@ -34,7 +34,7 @@ def fast_path_is_the_definition(case):
                 assert_same_function(fast, plain, inputs, list(block.parameters()))
 
 
-@holds_for("pattern")
+@holds_for("routed")
 def routes_give_the_same(case):
     """A pattern's mask, its key sets in one softmax and the routes that are merged give what the definition says."""
     block = case.block()
