@@ -143,6 +143,13 @@ def test_hue_tells_as_much_as_brightness():
         assert along.norm() > 0.4 * tokens.norm()
 
 
+def test_one_bright_cell_stands_out_no_further_than_three_standard_deviations():
+    image = torch.full((3, *GRID), 0.2)
+    image[:, 3, 2] = 1
+    tokens = draw.lifted(image, 64, GRID, seed=0)[0].norm(dim=0)
+    assert tokens[3, 2] < 50 * tokens[0, 0]  # 90 times, of 91 cells, if it stood out in full
+
+
 def test_an_image_of_one_colour_and_one_smaller_than_the_grid():
     assert draw.lifted(torch.full((3, 35, 65), 0.3), 24, GRID, seed=0).abs().max() < 1e-3
     assert draw.lifted(halves(2, 3), 24, GRID, seed=0).isfinite().all()
@@ -171,7 +178,7 @@ def test_a_grid_has_the_proportions_of_the_image(tmp_path, capsys):
 
 
 def test_a_picture_has_the_image_beside_what_is_seen_in_its_own_colours(tmp_path, capsys):
-    path, png = file_of(halves(), tmp_path / "a$x$.png"), tmp_path / "look.png"
+    path, png = file_of(halves(), tmp_path / "a$x^$.png"), tmp_path / "look.png"
     assert main(["show", "clustered", "--image", path, "--size", "7x13", "--query", "3,2", "--png", str(png)]) == 0
     assert capsys.readouterr() == (f"{png}\n", "")
     drawn = np.asarray(Image.open(png).convert("RGB")).astype(int)
