@@ -32,15 +32,25 @@ def show_list(blocks: str) -> None:
 
 
 def show_looks(
-    block: str, size: Grid, query: tuple | None, png: Path | None, options: list, dim: int, seed: int
+    block: str,
+    size: Grid | None,
+    query: tuple | None,
+    png: Path | None,
+    image: Path | None,
+    options: list,
+    dim: int,
+    seed: int,
 ) -> None:
-    entry, query = describe(block), query or (size.height // 2, size.width // 2)
+    entry, pixels = describe(block), image and draw.read_image(image)
+    size = size or (Grid(12, 16) if pixels is None else proportioned(*pixels.shape[1:]))
+    query = query or (size.height // 2, size.width // 2)
     torch.manual_seed(seed)
-    found = draw.looks(created(create_block, block, dim, options), size, query, seed)
+    found = draw.looks(created(create_block, block, dim, options), size, query, seed, pixels)
     query = query if entry.kind == "mixer" else None
-    title = f"{block} on {size.height}×{size.width}, {'query {},{}'.format(*query) if query else 'every position'}"
+    of, where = f" of {image.name}" if image else "", "query {},{}".format(*query) if query else "every position"
+    title = f"{block} on {size.height}×{size.width}{of}, {where}"
     if png:
-        print(draw.picture(found, title, png, query))
+        print(draw.picture(found, title, png, query, pixels))
     else:
         print(
             entry.title,
@@ -49,6 +59,11 @@ def show_looks(
             *(f"\n{look.title}\n{look.text}" for look in found),
             sep="\n",
         )
+
+
+def proportioned(height: int, width: int, longer: int = 32) -> Grid:
+    """A grid of an image's proportions."""
+    return Grid(*(max(1, round(longer * n / max(height, width))) for n in (height, width)))
 
 
 def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seconds: float) -> None:
@@ -213,9 +228,9 @@ def parse(argv: list[str] | None) -> dict:
         made.set_defaults(call=call)
         return made
 
-    def sized(made, height_width, dim):
-        help = "of the grid (default: {}x{})".format(*height_width)
-        made.add_argument("--size", type=size, default=Grid(*height_width), metavar="HEIGHTxWIDTH", help=help)
+    def sized(made, default, dim, otherwise="64x64"):
+        help = f"of the grid (default: {otherwise})"
+        made.add_argument("--size", type=size, default=default, metavar="HEIGHTxWIDTH", help=help)
         made.add_argument("--dim", type=int, default=dim, help=f"channels (default: {dim})")
 
     def optional(made):
@@ -233,13 +248,15 @@ def parse(argv: list[str] | None) -> dict:
     made.add_argument("blocks", nargs="?", default="*", help="wildcard")
     made = command("show", show_looks, "what a pixel looks at; of a gate, its weight of every position")
     optional(made)
-    sized(made, (12, 16), 64)
+    sized(made, None, 64, "12x16; of an image's proportions, 32 along its longer side")
     made.add_argument("--query", type=query, metavar="Y,X", help="the pixel (default: the middle)")
     made.add_argument("--png", type=Path, metavar="FILE", help="draw a picture instead")
+    help = "an image file: what a block that chooses by content chooses in it, and any other's weights for it"
+    made.add_argument("--image", type=Path, metavar="FILE", help=help)
     made.add_argument("--seed", type=int, default=0, help="of weights and image, where they matter")
     made = command("cost", show_cost, "operations, parameters, memory and time beside dense attention")
     optional(made)
-    sized(made, (64, 64), 256)
+    sized(made, Grid(64, 64), 256)
     timed(made, 1.0)
     made = command("recommend", show_recommended, "time and memory of all mixers beside dense attention")
     made.add_argument("--blocks", nargs="+", default=["*"], help="names or wildcards of those to compare")
@@ -247,7 +264,7 @@ def parse(argv: list[str] | None) -> dict:
     made.add_argument("--batch", type=int, default=1, help="images (default: 1)")
     types = "float32", "bfloat16", "float16", "float64"
     made.add_argument("--dtype", choices=types, default="float32", help="of weights and input (default: float32)")
-    sized(made, (64, 64), 256)
+    sized(made, Grid(64, 64), 256)
     timed(made, 10.0)
     made = command("check", show_check, "whether a device gives right answers, block by block")
     made.add_argument("blocks", nargs="?", default="*", help="wildcard")
