@@ -185,7 +185,7 @@ def test_tensors_need_not_be_aligned(double):
 
 def test_each_image_may_have_a_mask_of_its_own(double):
     q, k, v, slope = (torch.randn(BATCH, 3, 11, CHANNELS) for _ in range(4))
-    mask = flash.additive(torch.rand(BATCH, 3, 11, 11) < 0.7, torch.float32)[0]
+    mask = flash.hiding(torch.rand(BATCH, 3, 11, 11) < 0.7, torch.float32)[0]
     out, lse = flash.Cuda.forward(q, k, v, mask, False, 0.5)
     parts = flash.Cuda.backward(slope, q, k, v, out, lse, mask, False, 0.5)
     for i in range(BATCH):
@@ -242,14 +242,16 @@ def test_the_trial_trusts_torchs_kernel_of_the_cpu(dtype):
     assert max(flash.trial(flash.Cpu, CPU, dtype)) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def least_number(mask, dtype):
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[None]
+def least_number(seen, dtype):
+    """Hides by the least number, and where a query sees nothing, everything."""
+    if seen is None:
+        return None, None
+    mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None]
+    return mask, ~seen.any(dim=-1)[None]
 
 
 FAULTS = {  # each undoes one thing that the route takes care of
-    "a set of which a query sees nothing has weight": dict(
-        additive=least_number, opened=lambda mask: mask, _filled=lambda lse, where, value: lse
-    ),
+    "a set of which a query sees nothing has weight": dict(added=least_number, _filled=lambda lse, where, value: lse),
     "hidden queries see all": dict(_filled=lambda lse, where, value: lse),
     "out in any layout": dict(_as_returned=lambda out: out),
     "log-sum-exp in any layout": dict(_padded=lambda lse: F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)),
