@@ -47,6 +47,7 @@ OPTIONS = {
     "efficient": [{}, {"value_dim": 84}],
     "expectation_maximization": [{"bases": 3}, {"bases": 5, "temperature": 0.5, "iterations": 1}],
     "fixed": [{"c": 3}, {"c": 3, "split_heads": True}, {"c": 2, "part": "summary"}, {"c": 2, "num_verts": 2}],
+    "fourier": [{}, {"projections": False}],
     "global_context": [{}, {"fusion": "multiply"}, {"fusion": "both", "rd_channels": 2}, {"pooling": "average"}],
     "factored": [{}, {"part": "previous_row"}, {"include_self": False}],
     "gaussian_prior": [{"width": 1.5}],

@@ -59,6 +59,7 @@ PAPERS = {
         "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention",
     ),
     "2103.02143": ("Peng", "RFA", "Random Feature Attention"),
+    "2105.03824": ("Lee-Thorp", "FNet", "FNet: Mixing Tokens with Fourier Transforms"),
     "2106.01540": ("Ma", "Luna", "Luna: Linear Unified Nested Attention"),
     "2209.15001": ("Hassani", "DiNAT", "Dilated Neighborhood Attention Transformer"),
     "2303.08810": ("Zhu", "BiFormer", "BiFormer: Vision Transformer with Bi-Level Routing Attention"),
