@@ -51,6 +51,7 @@ OPTIONS = {
     "global_context": [{}, {"fusion": "multiply"}, {"fusion": "both", "rd_channels": 2}, {"pooling": "average"}],
     "factored": [{}, {"part": "previous_row"}, {"include_self": False}],
     "gaussian_prior": [{"width": 1.5}],
+    "global_filter": [{"length": (5, 7)}, {"length": (4, 3), "projections": False}],
     "global_local": [{"windows": (2, 3), "kernel_size": (3, 5)}],
     "global_memory": [{"memory": 5, "chunk": (2, 3)}],
     "global_tokens": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],

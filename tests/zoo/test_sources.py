@@ -61,6 +61,7 @@ PAPERS = {
     "2103.02143": ("Peng", "RFA", "Random Feature Attention"),
     "2105.03824": ("Lee-Thorp", "FNet", "FNet: Mixing Tokens with Fourier Transforms"),
     "2106.01540": ("Ma", "Luna", "Luna: Linear Unified Nested Attention"),
+    "2107.00645": ("Rao", "GFNet", "Global Filter Networks for Image Classification"),
     "2209.15001": ("Hassani", "DiNAT", "Dilated Neighborhood Attention Transformer"),
     "2303.08810": ("Zhu", "BiFormer", "BiFormer: Vision Transformer with Bi-Level Routing Attention"),
     "2310.01889": ("Liu", "ring attention", "Ring Attention with Blockwise Transformers for Near-Infinite Context"),

@@ -4,7 +4,7 @@ Lee-Thorp et al. 2021, FNet, https://arxiv.org/abs/2105.03824
     y = Re F_tokens(F_channels(x))        in two dimensions Re F_rows(F_columns(F_channels(v)))
 Cost: 5/2 N d log2(N d / heads)
 Computed: 1 ×
-What stands at row f, column g and channel c is Σ cos 2π(f y/H + g x/W + c e/D) v_{(y,x),e} / √(H W D). Nothing is learned
+At row f, column g and channel c stands Σ cos 2π(f y/H + g x/W + c e/D) v_{(y,x),e} / √(H W D). Nothing is learned
 in between, and nothing is bound to a size. The cost is that of a fast Fourier transform, 5 n log₂ n operations for n
 numbers; in traced graphs matrices of cosines and sines along each axis take its place.
 Sums are taken in at least float32. With more ``num_heads`` than one, channels are transformed head by head.
