@@ -33,6 +33,7 @@ torch.set_num_threads(1)
 OPTIONS = {
     "adaptive_connection": [{"edges": 5, "width": 3}],
     "adaptive_span": [{}, {"span": 4, "ramp": 1.5}, {"span": 3, "include_self": False}],
+    "attention_free": [{"kernel_size": (3, 5)}, {"kernel_size": 7}],
     "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}, {"out_proj": False}],
     "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],
     "bilevel": [{"tile": 3, "routes": 2}],
