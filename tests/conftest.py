@@ -76,6 +76,7 @@ OPTIONS = {
     "prob_sparse": [{}, {"factor": 2, "cells": (2, 3)}],
     "random_features": [{"features": 67}],
     "routing": [{}, {"clusters": 3, "chunk": 5}],
+    "spatial_gating": [{"length": (5, 7)}, {"length": (4, 3), "gated": False}],
     "strided": [{}, {"split_heads": True}],
     "synthesizer": [
         {"length": (5, 7)},

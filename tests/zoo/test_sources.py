@@ -60,6 +60,7 @@ PAPERS = {
     ),
     "2103.02143": ("Peng", "RFA", "Random Feature Attention"),
     "2105.03824": ("Lee-Thorp", "FNet", "FNet: Mixing Tokens with Fourier Transforms"),
+    "2105.08050": ("Liu", "gMLP", "Pay Attention to MLPs"),
     "2105.14103": ("Zhai", "AFT", "An Attention Free Transformer"),
     "2106.01540": ("Ma", "Luna", "Luna: Linear Unified Nested Attention"),
     "2107.00645": ("Rao", "GFNet", "Global Filter Networks for Image Classification"),
