@@ -93,9 +93,9 @@ class Block(Mixer):
             else:
                 seen = weighted.sum(dim=2, keepdim=True)
             first, pixels = grid.split(weighted)
-            image = rearrange(pixels, "B n (H W) d -> B (n d) H W", H=grid.height)
+            image = rearrange(pixels, "B n (H W) d -> B H W (n d)", H=grid.height)
             (down, right), channels = (size // 2 for size in self.window), fixed(weighted.shape[3])
-            image = F.pad(image, (right, right, down, 0 if self.causal else down))
+            image = F.pad(image, (0, 0, right, right, down, 0 if self.causal else down)).permute(0, 3, 1, 2)
             near = self.more(weighted.dtype)[:, None].expand(-1, channels, -1, -1)
             near = near.reshape(self.num_heads * channels, 1, -1, self.window[1])
             more = F.conv2d(image, near, groups=self.num_heads * channels)
