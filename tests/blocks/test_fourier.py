@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vision_attn import Grid, create_block
+from vision_attn.blocks import fourier
 
 GRID = Grid(5, 7)
 
@@ -70,3 +71,13 @@ def test_half_precision_is_summed_in_float32():
     image = torch.full((1, 35, 11), 3000.0, dtype=torch.float16)
     out = create_block("fourier", 11, projections=False)(image, GRID)
     assert out.dtype == torch.float16 and out[0, 0, 0].item() == pytest.approx(3000 * 385**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("grid", [GRID, Grid(6, 4), Grid(1, 7), Grid(5, 2), Grid(3, 1)])
+def test_matrices_give_what_the_fast_transform_gives(grid, monkeypatch):
+    """As in traced graphs."""
+    block, x = create_block("fourier", 22, num_heads=2).double(), pixels(grid, prefix=2, dim=22)
+    wanted = block(x, grid)
+    monkeypatch.setattr(fourier, "is_traced", lambda: True)
+    monkeypatch.delattr(torch, "fft")
+    torch.testing.assert_close(block(x, grid), wanted, rtol=1e-11, atol=1e-12)

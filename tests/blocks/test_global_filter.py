@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from vision_attn import Grid, create_block
+from vision_attn.blocks import global_filter
 
 GRID = Grid(5, 7)
 HEADS, WIDTH = 3, 11
@@ -104,3 +105,13 @@ def test_prefix_tokens_take_the_mean_and_are_not_heard():
 def test_a_bad_length_is_named(length):
     with pytest.raises(ValueError, match="length="):
         create_block("global_filter", 32, length=length)
+
+
+@pytest.mark.parametrize("grid", [GRID, Grid(6, 4), Grid(1, 7), Grid(5, 2), Grid(3, 1)])
+def test_matrices_give_what_the_fast_transform_gives(grid, monkeypatch):
+    """As in traced graphs."""
+    block, x = create_block("global_filter", 22, num_heads=2, length=(4, 3)).double(), pixels(grid, prefix=2, dim=22)
+    wanted = block(x, grid)
+    monkeypatch.setattr(global_filter, "is_traced", lambda: True)
+    monkeypatch.delattr(torch, "fft")
+    torch.testing.assert_close(block(x, grid), wanted, rtol=1e-11, atol=1e-12)

@@ -121,8 +121,8 @@ class Block(Mixer):
     def weights(self, q, k, grid):
         prefix, width = grid.prefix_of(q.shape[2]), grid[1]
         place = torch.arange(q.shape[2], device=q.device) - prefix
-        (down, right), tokens = (size // 2 for size in self.window), place.clamp(min=0)
-        dy, dx = (t[None, :] - t[:, None] for t in (tokens // width, tokens % width))
+        down, right = (size // 2 for size in self.window)
+        dy, dx = (t[None, :] - t[:, None] for t in (place // width, place % width))
         inside = (dy.abs() <= down) & (dx.abs() <= right) & (place >= 0) & (place[:, None] >= 0)
         near = self.near.to(q.dtype)[:, (dy + down).clamp(0, 2 * down), (dx + right).clamp(0, 2 * right)]
         scores = k.sum(dim=-1)[:, :, None].clamp(-MOST, MOST) + near * inside
