@@ -33,6 +33,7 @@ torch.set_num_threads(1)
 OPTIONS = {
     "adaptive_connection": [{"edges": 5, "width": 3}],
     "adaptive_span": [{}, {"span": 4, "ramp": 1.5}, {"span": 3, "include_self": False}],
+    "attention_free": [{"kernel_size": (3, 5)}, {"kernel_size": 7}],
     "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}, {"out_proj": False}],
     "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],
     "bilevel": [{"tile": 3, "routes": 2}],
@@ -47,9 +48,11 @@ OPTIONS = {
     "efficient": [{}, {"value_dim": 84}],
     "expectation_maximization": [{"bases": 3}, {"bases": 5, "temperature": 0.5, "iterations": 1}],
     "fixed": [{"c": 3}, {"c": 3, "split_heads": True}, {"c": 2, "part": "summary"}, {"c": 2, "num_verts": 2}],
+    "fourier": [{}, {"projections": False}],
     "global_context": [{}, {"fusion": "multiply"}, {"fusion": "both", "rd_channels": 2}, {"pooling": "average"}],
     "factored": [{}, {"part": "previous_row"}, {"include_self": False}],
     "gaussian_prior": [{"width": 1.5}],
+    "global_filter": [{"length": (5, 7)}, {"length": (4, 3), "projections": False}],
     "global_local": [{"windows": (2, 3), "kernel_size": (3, 5)}],
     "global_memory": [{"memory": 5, "chunk": (2, 3)}],
     "global_tokens": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
@@ -74,6 +77,7 @@ OPTIONS = {
     "random_features": [{"features": 67}],
     "routing": [{}, {"clusters": 3, "chunk": 5}],
     "sinkhorn": [{"tile": 3}, {"tile": 5, "cut": 2}],
+    "spatial_gating": [{"length": (5, 7)}, {"length": (4, 3), "gated": False}],
     "strided": [{}, {"split_heads": True}],
     "synthesizer": [
         {"length": (5, 7)},

@@ -1,6 +1,7 @@
 """What blocks cost: the two figures of a docstring, of what a mechanism looks at and of what is computed for it."""
 
 import inspect
+import math
 import re
 
 import pytest
@@ -26,6 +27,7 @@ def stated(name: str, grid: Grid, **given) -> float:
     options = {option: p.default for option, p in inspect.signature(type(block).__init__).parameters.items()} | given
     values = {letter: options[option] for letter, option in LETTERS.items() if option in options} | options
     values |= dict(N=grid.size, H=grid.height, W=grid.width, d=DIM, heads=getattr(block, "num_heads", None), min=min)
+    values["log2"] = math.log2
     # d ln d of a head; 5 ⌈ln N⌉ of 64×64 pixels; the relay
     values |= {"performer": {"M": 111}, "prob_sparse": {"u": 45}, "star": {"R": 1}}.get(name, {})
     formula = describe(name).cost.replace("²", "**2").replace("^", "**")
@@ -71,10 +73,22 @@ def computed(block: nn.Module, by_element: bool) -> float:
     aten = torch.ops.aten
     outputs = {op: lambda *_, out_shape, **__: torch.Size(out_shape).numel() for op in (aten.mul, aten.add)}
     inputs_ = {op: lambda x, *_, **__: torch.Size(x).numel() for op in (aten.sum, aten.mean)}
-    counter = FlopCounterMode(display=False, custom_mapping=outputs | inputs_ if by_element else {})
+    transforms = {aten._fft_c2c: of_a_transform, aten._fft_r2c: of_a_real_transform, aten._fft_c2r: of_a_real_transform}
+    counter = FlopCounterMode(display=False, custom_mapping=transforms | (outputs | inputs_ if by_element else {}))
     with torch.no_grad(), counter:
         block.eval()(*inputs)
     return counter.get_total_flops() / 2 - sum(projected)
+
+
+def of_a_transform(shape, axes, *_, out_shape, **__) -> float:
+    """Operations of a fast Fourier transform, by convention: 5 n log₂ n."""
+    return 5 * math.prod(out_shape) * math.log2(math.prod(shape[axis] for axis in axes))
+
+
+def of_a_real_transform(shape, axes, *_, out_shape, **__) -> float:
+    """From or to real numbers, for which half of the frequencies do: half of that."""
+    whole = max(shape, out_shape, key=math.prod)
+    return of_a_transform(whole, axes, out_shape=whole) / 2
 
 
 def patterns(name: str) -> list[Mixer]:

@@ -155,7 +155,7 @@ def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
         bias = None if bias is None else F.pad(bias, (prefix, 0))
     if bias is not None:
         mask = bias if mask is None else bias + mask
-    if mask is not None and mask.shape[2] == 1:
+    if mask is not None:
         mask = mask.expand(-1, -1, q.shape[2], -1)
     out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=keys.causal and not prefix, scale=scale)
     return keys.place(_of_seen(out, keys, unseen), grid)

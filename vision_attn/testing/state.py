@@ -32,7 +32,8 @@ def state_goes_round(case):
     file.seek(0)
     other = case.block()
     with case.trying(grid=GRID):
-        assert not torch.equal(case.run(other, x, GRID), case.run(block, x, GRID))
+        if block.state_dict():
+            assert not torch.equal(case.run(other, x, GRID), case.run(block, x, GRID))
         other.load_state_dict(torch.load(file, weights_only=True))
         assert_same_bits(case.run(other, x, GRID), case.run(block, x, GRID))
 
