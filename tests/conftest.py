@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vision_attn import describe, list_blocks, route
+from vision_attn import describe, kept, list_blocks, route
 from vision_attn.testing import Case
 from vision_attn.testing.case import KINDS
 from vision_attn.zoo import block_class
@@ -255,6 +255,7 @@ def by_key_sets(request):
 @pytest.fixture(autouse=True)
 def same_numbers_every_run():
     torch.manual_seed(0)
+    kept._tensors.clear()  # what a test that breaks something has made
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -29,7 +29,7 @@ def verdicts(blocks):
 
 
 def test_what_is_right_is_called_right(capsys):
-    assert main(["check", "c*", "--device", "cpu"]) == 0
+    assert main(["check", "c[br]*", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("cpu ") and sum("trusted" in line for line in lines) == 3
     rows = [line.split() for line in lines[4:-1]]

@@ -64,7 +64,7 @@ class Chunks(KeySet):
         """The tokens of each chunk; padding is some token or other."""
         return rows(x, self.token.clamp(min=0))
 
-    def fold_near(self, x: Shaped[Tensor, "b N d"]) -> Shaped[Tensor, "b chunks 2*lanes d"]:
+    def fold_near(self, x: Shaped[Tensor, "b N d"]) -> Shaped[Tensor, "b chunks near d"]:
         """The tokens of the chunk before each chunk, then its own."""
         return rows(x, self.near.clamp(min=0))
 
@@ -72,7 +72,7 @@ class Chunks(KeySet):
         """The inverse of `fold`."""
         return rows(y.flatten(1, 2), self.slot)
 
-    def seen(self, past: bool, itself: Bool[Tensor, "b N"]) -> Bool[Tensor, "b chunks lanes 2*lanes"]:
+    def seen(self, past: bool, itself: Bool[Tensor, "b N"]) -> Bool[Tensor, "b chunks lanes near"]:
         """Which tokens of its chunk and the one before a token sees; ``past``: of those before it.
 
         Itself only where ``itself`` says so. Padding sees nothing and is not seen.
@@ -113,7 +113,7 @@ def attend(
     v: Float[Tensor, "B heads tokens dv"],
     grid: Grid,
     rounds: list[Chunks],
-    masks: list[Bool[Tensor, "b chunks lanes 2*lanes"]],
+    masks: list[Bool[Tensor, "b chunks lanes near"]],
     *,
     causal: bool,
     scale: float,

@@ -91,8 +91,10 @@ def dense_is_faster(pattern: Pattern, heads: int, grid: Grid, device: torch.devi
 
 
 def flat_is_faster(key_sets: Sequence[KeySet], grid: Grid, device: torch.device) -> bool:
-    """Whether one softmax over several key sets takes less time than to merge them."""
-    return device.type == "cpu" and max(grid) <= SHORT and not any(keys.overlap for keys in key_sets)
+    """Whether one softmax over several key sets takes less time than to merge them; graphs have no choice."""
+    return (
+        not is_traced() and device.type == "cpu" and max(grid) <= SHORT and not any(keys.overlap for keys in key_sets)
+    )
 
 
 @functools.lru_cache(maxsize=1024)
