@@ -4,6 +4,7 @@ import csv
 import math
 
 import pytest
+from conftest import OFTEN
 from scripts import load
 
 from vision_attn import create_block, describe, list_blocks
@@ -11,13 +12,16 @@ from vision_attn import create_block, describe, list_blocks
 attention = load("benchmarks/attention")
 
 
-def test_benchmark_writes_ratios(tmp_path):
+@pytest.mark.parametrize("names", [OFTEN, pytest.param(list_blocks(), marks=pytest.mark.slow)], ids=["few", "all"])
+def test_benchmark_writes_ratios(tmp_path, names):
     path = tmp_path / "out" / "mixers.csv"
-    attention.benchmark(sizes=((3, 5), (7, 5)), heads=4, channels=8, repeats=1, path=str(path), dense_limit=20)
+    causal = [dict(name=name, causal=True) for name in names if describe(name).causal]
+    options = dict(heads=4, channels=8, repeats=1, blocks=[*names, *causal] if names is OFTEN else None)
+    attention.benchmark(sizes=((3, 5), (7, 5)), path=str(path), dense_limit=20, **options)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# python ")
     rows = list(csv.DictReader(lines[1:]))
-    assert len(rows) == 2 * (len(list_blocks()) + sum(describe(name).causal for name in list_blocks()))
+    assert len(rows) == 2 * (len(names) + len(causal))
     for row in rows:
         measured = [value for name, value in row.items() if " " in name and value != "not run"]
         assert len(measured) >= 4 and all(float(value) >= 0 for value in measured)
@@ -32,12 +36,14 @@ def test_benchmark_writes_ratios(tmp_path):
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows[:-2])
-    attention.benchmark(sizes=((3, 5), (7, 5)), heads=4, channels=8, repeats=1, resume=str(path), dense_limit=20)
+    attention.benchmark(sizes=((3, 5), (7, 5)), resume=str(path), dense_limit=20, **options)
     again = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()[1:]))
     assert again[:-2] == rows[:-2] and len(again) == len(rows)
     assert [row["block MiB"] for row in again] == [row["block MiB"] for row in rows]
     path.with_suffix(".png").unlink()
-    attention.benchmark(sizes=((3, 5), (7, 5)), resume=str(path))  # nothing is left to measure
+    attention.benchmark(
+        sizes=((3, 5), (7, 5)), resume=str(path), blocks=options["blocks"]
+    )  # nothing is left to measure
     assert path.with_suffix(".png").stat().st_size > 1000 and len(path.read_text().splitlines()) == len(lines)
 
 

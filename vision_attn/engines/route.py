@@ -70,7 +70,7 @@ def asked() -> str:
 
 def takes_dense(faster: bool) -> bool:
     """Whether the whole mask is asked for, or ``faster`` where the route is free; graphs keep key sets."""
-    return asked() == "dense" or (asked() == "auto" and faster and not is_traced())
+    return asked() == "dense" or (asked() == "auto" and not is_traced() and faster)
 
 
 def note(name: str) -> None:
