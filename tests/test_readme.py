@@ -77,7 +77,7 @@ def test_list_names_every_block(capsys):
 
 def test_show_prints_what_it_says(capsys):
     shown, _ = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
-    (command,) = [line for line in README.splitlines() if "-m vision_attn show" in line]
+    command = next(line for line in README.splitlines() if "-m vision_attn show" in line)
     assert main(shlex.split(command, comments=True)[3:]) == 0
     assert capsys.readouterr().out == shown
 

@@ -50,7 +50,7 @@ def test_benchmark_writes_ratios(tmp_path, names):
 def test_benchmark_runs_attention_alone_where_that_is_all():
     mixers = [create_block(name, 96) for name in list_blocks() if describe(name).kind == "mixer"]
     whole = {type(made).__module__.rpartition(".")[2] for made in mixers if attention.runs_whole(made)}
-    assert whole == {"inducing_points", "star", "residual_logits"}
+    assert whole == {"fourier", "inducing_points", "star", "residual_logits"}
 
 
 def test_benchmark_tells_from_which_size_a_block_wins():
