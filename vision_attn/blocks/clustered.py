@@ -27,7 +27,7 @@ from ..engines.union import flash
 from ..grid import Grid
 from ..key_set import rows_and_columns
 from ..mixer import Mixer
-from ..precision import at_least_float32, is_slow, outside_autocast
+from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
 from ..traced import is_traced, least
 
 CHUNK = 32  # tokens of a cluster whose own scores are computed at once
@@ -61,13 +61,13 @@ class Block(Mixer):
         dtype=None,
         **mixer,
     ):
-        self_cells = check.pair("cells", cells)
+        cells = check.pair("cells", cells)
         check.count("iterations", iterations)
         check.count("top", top)
         check.no_attn_drop(attn_drop)
         super().__init__(dim, num_heads, device=device, dtype=dtype, **mixer)
-        self.cells, self.iterations, self.top = self_cells, iterations, top
-        self.count = self_cells[0] * self_cells[1]
+        self.cells, self.iterations, self.top = cells, iterations, top
+        self.count = cells[0] * cells[1]
 
     @torch.no_grad()
     def choose(
@@ -105,10 +105,8 @@ class Block(Mixer):
         total, size = total.split([x.shape[3], 1], dim=-1)
         return total / size.clamp(min=1), size
 
+    @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if is_slow(v):
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         prefix, heads = grid.prefix_of(q.shape[2]), q.shape[1]
         cluster, top = self.choose(q, k, grid)
         with outside_autocast(v):

@@ -30,7 +30,7 @@ from ..engines.kernel import Recurrence, attend_in_order
 from ..engines.union import flash
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import at_least_float32, is_slow, outside_autocast, weight_of
+from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
 
 
 class Block(Mixer):
@@ -70,14 +70,12 @@ class Block(Mixer):
         """Draws P from N(0, 1)."""
         nn.init.normal_(self.memory)
 
+    @in_float32_where_slow
     def mix(self, q, k, v, grid):
         if self.causal:
             return self.mix_past(q, k, v, grid)
-        if is_slow(v):
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         queries = self.memory.to(q.dtype).expand(q.shape[0], -1, -1, -1)
-        packed = F.scaled_dot_product_attention(queries, k, torch.cat([k, v], dim=-1), scale=self.scale)
+        packed = flash(queries, k, torch.cat([k, v], dim=-1), scale=self.scale)
         return flash(q, *packed.split([k.shape[-1], v.shape[-1]], dim=-1), scale=self.scale)
 
     def mix_past(self, q, k, v, grid):
@@ -115,10 +113,8 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that Luna knows of the past")
-        weight, memory = weight_of(self.qkv), self.memory.shape[1]
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
-        widths = self.key_dim // self.num_heads, self.dim // self.num_heads
-        return State(self.shares, self.scale, (batch, self.num_heads), memory, *widths, **factory)
+        shape, memory = (batch, self.num_heads), self.memory.shape[1]
+        return State(self.shares, self.scale, shape, memory, *self.head_dims, **self.factory(device, dtype))
 
     def extra_repr(self):
         return f"{super().extra_repr()}, memory={self.memory.shape[1]}"

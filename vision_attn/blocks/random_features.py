@@ -28,7 +28,7 @@ from .. import check
 from ..engines.kernel import Recurrence, attend, attend_in_order, with_ones
 from ..mixer import Mixer
 from ..pattern import Past
-from ..precision import at_least_float32, outside_autocast, weight_of
+from ..precision import at_least_float32, outside_autocast
 
 LEAST = 0.1  # sum of weights that is divided by
 
@@ -122,8 +122,7 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that random feature attention knows of the past")
-        weight, channels = weight_of(self.qkv), (2 * self.features, self.dim // self.num_heads + 1)
-        factory = dict(device=device or weight.device, dtype=dtype or weight.dtype)
+        channels, factory = (2 * self.features, self.dim // self.num_heads + 1), self.factory(device, dtype)
         return State(self.phi_of_one, self.phi_of_one, batch, self.num_heads, *channels, **factory)
 
     def extra_repr(self):

@@ -28,7 +28,7 @@ from ..check import Count
 from ..engines.union import flash
 from ..key_set import Tiles
 from ..mixer import Mixer
-from ..precision import at_least_float32, is_slow, outside_autocast
+from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
 from ..traced import fixed, least
 
 
@@ -74,10 +74,8 @@ class Block(Mixer):
         self.tile, self.iterations, self.temperature, self.cut = tile, iterations, temperature, cut
         self.causal = causal
 
+    @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if is_slow(v):
-            with outside_autocast(v):
-                return self.mix(q.float(), k.float(), v.float(), grid).half()
         prefix = grid.prefix_of(q.shape[2])
         before = [t[:, :, :prefix].flatten(0, 1)[:, None] for t in (k, v)]
         here = [t[:, :, prefix:].flatten(0, 1) for t in (q, k, v)]
