@@ -129,6 +129,7 @@ def _mask_of_all(pattern, heads, grid, prefix: int, more: int, dtype, device):
 def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
     """Attention of the positions, without the prefix queries."""
     heads, parts = q.shape[1], [grid.split(t) for t in (q, k, v)]
+    key_sets = [keys.ready(grid, q.device) for keys in key_sets]
     maps = [grid.maps(t) for _, t in parts]
     before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
     flat = asked() == "flat" or (asked() == "auto" and len(key_sets) > 1 and flat_is_faster(key_sets, grid, q.device))
