@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..grid import Grid
 from ..kept import kept
-from ..key_set import Everything, KeySet, Only
+from ..key_set import KeySet, Only
 from ..pattern import All, Past, Pattern
 from ..precision import at_least_float32, is_slow, outside_autocast
 from ..traced import fixed, is_passing, is_traced
@@ -200,9 +200,7 @@ def _concatenated(q, sets, grid, scale, dropout):
     weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=at_least_float32(q))
     weights = F.dropout(weights.to(dtype), dropout).split([s.shape[-1] for s in scores], dim=-1)
     outs = [keys.queries(w) @ keys.keys(v) for (keys, _, v), w in zip(sets, weights)]
-    return sum(
-        keys.place(_of_seen(out, keys, unseen), grid) for out, (keys, *_), (_, unseen) in zip(outs, sets, masks)
-    )
+    return sum(keys.place(_of_seen(out, keys, unseen), grid) for out, (keys, *_), (_, unseen) in zip(outs, sets, masks))
 
 
 def _whole_mask_of(keys: KeySet, grid, dtype, device):
