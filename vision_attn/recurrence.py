@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from . import check
 from .engines.cache import PatternCache
 from .engines.union import attend
 from .grid import Grid
-from .key_set import AdjacentRows, KeySet, Only, pad
+from .key_set import KeySet, Only, pad
 from .mixer import Mixer
 from .pattern import Directed, Pattern, Row
 from .precision import at_least_float32, in_float32_where_slow, outside_autocast
@@ -58,11 +58,16 @@ class RecentRows(KeySet):
 
     overlap = True
 
-    @property
-    def beside(self) -> AdjacentRows:
-        """All rows that may be recent."""
+    def around(self, height, device) -> Int[Tensor, "H rows"]:
+        """Rows that may be recent for each row, some beyond the border. With ``past`` it is itself the last one."""
         away = self.pattern.memory + self.pattern.band - 1
-        return AdjacentRows(above=away, below=0 if self.pattern.past else away)
+        beside = torch.arange(-away, 1 if self.pattern.past else away + 1, device=device)
+        return torch.arange(height, device=device)[:, None] + beside
+
+    def there(self, x):
+        """`around`, by other rows beyond the border, which are not seen."""
+        rows = self.around(x.shape[1], x.device)
+        return rows.clamp(min=0).clamp(max=x.shape[1] - 1)
 
     def queries(self, x):
         return x
@@ -71,19 +76,22 @@ class RecentRows(KeySet):
         return y
 
     def keys(self, x):
-        return self.beside.keys(x)
+        rows = self.there(x)
+        return rearrange(x.index_select(1, rows.flatten()), "b (H r) W d -> b H (r W) d", r=rows.shape[1])
 
     def add_keys(self, whole, part):
-        self.beside.add_keys(whole, part)
+        rows = self.there(whole)
+        part = rearrange(part, "b H (r W) d -> b (H r) W d", r=rows.shape[1])
+        whole.index_add_(1, rows.flatten(), part.to(whole.dtype))
 
     def mask(self, grid, device):
         y, x = (torch.arange(n, device=device) for n in grid)
-        row = y[:, None] + torch.arange(-self.beside.above, self.beside.below + 1, device=device)  # (H, rows)
+        row = self.around(grid.height, device)
         seen = self.pattern.rows(y[:, None], row) & (row >= 0) & (row < grid.height)
         seen = seen[:, None, :, None].expand(-1, -1, -1, grid.width)
         if self.pattern.past:
-            left = (x <= x[:, None])[:, None]  # (queries, 1, keys) of the own row, which is the last one
-            seen = seen & torch.cat([torch.ones_like(left).expand(-1, self.beside.above, -1), left], dim=1)
+            left = (x <= x[:, None])[:, None]  # (queries, 1, keys)
+            seen = seen & torch.cat([torch.ones_like(left).expand(-1, row.shape[1] - 1, -1), left], dim=1)
         return seen.flatten(2)
 
     def parts(self, grid):

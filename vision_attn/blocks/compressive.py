@@ -8,7 +8,7 @@ Computed: 2.4 ×
 Rows are the segments. They leave the memory of ``memory`` rows in bands of ``stride`` rows, when the last of a band is
 old enough, and then ``stride`` × ``stride`` pixels are one cell: so nothing of the past is lost, and up to ``memory`` +
 ``stride`` - 1 rows are exact. Exact keys and cells share one softmax. A cell has the place of its centre; cells that
-are cut off by the border are filled with zeros, and all start as means. Without ``causal`` rows below are remembered
+are cut off by the border are filled with zeros, and all start near means. Without ``causal`` rows below are remembered
 and compressed in the same way. Prefix tokens see all pixels as they are, and none sees them less.
 ``reconstruction`` is the paper's auxiliary loss, attention over what is compressed beside attention over its cells.
 When pixels are sampled, ``memory`` + ``stride`` rows and all cells are kept, and each cell is made once.
@@ -42,7 +42,8 @@ from ..engines.cache import Store
 from ..engines.union import flash
 from ..grid import Grid
 from ..key_set import Everything, KeySet, Tiles, pad, rows_and_columns
-from ..recurrence import Recent, RelativeMixer
+from ..mixer import Mixer
+from ..recurrence import Recent, RecentRows, RelativeMixer, RelativePast
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ class Convolved(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Means of cells."""
+        """Means of cells; the weights of values are a tenth off, so that no two of them are alike."""
         pixels = self.of_values[0].numel()
         with torch.no_grad():
             self.of_keys.copy_(torch.eye(self.of_keys.shape[1])[..., None, None] / pixels)
-        nn.init.constant_(self.of_values, 1 / pixels)
+        nn.init.normal_(self.of_values, mean=1 / pixels, std=0.1 / pixels)
 
     def forward(
         self, k: Float[Tensor, "B heads N dk"], v: Float[Tensor, "B heads N dv"], grid: Grid
