@@ -245,7 +245,7 @@ class RelativeMixer(Mixer):
             rest = [grid.maps(grid.split(t)[1]) for t in self.known(*stopped, *waves)]
             others += [(Only(keys, pattern, allow=False), *rest) for keys in self.exact.key_sets()]
         others += self.summaries(*(stopped or (k, v)), grid)
-        q = self.asking(q, *waves).to(v.dtype)
+        q = self.asking(q, *waves, like=own[0])
         out = attend(q, *own, grid, pattern, scale=self.scale, dropout=self.dropout, others=others)
         return out[..., : v.shape[3]]
 
@@ -266,28 +266,28 @@ class RelativeMixer(Mixer):
         angle = torch.cat([place.to(dtype)[:, None] * frequency for place in (y, x)], dim=1)
         return angle.sin(), angle.cos()
 
-    def asking(self, q: Float[Tensor, "B heads n dk"], sines: Tensor, cosines: Tensor) -> Float[Tensor, "B heads n _"]:
-        """Queries with what they ask of the waves of keys."""
+    def asking(
+        self, q: Float[Tensor, "B heads n dk"], sines: Tensor, cosines: Tensor, like: Tensor
+    ) -> Float[Tensor, "B heads n width"]:
+        """Queries with what they ask of the waves; in width and type ``like`` keys of `known`."""
         with outside_autocast(q):
             q, (u, w, W_R) = q.to(sines.dtype), (t.to(sines.dtype) for t in (self.u, self.w, self.W_R))
             of_sines, of_cosines = ((q + w[:, None]) @ W_R).chunk(2, dim=-1)
             # sin ω(i - j) = sin ωi cos ωj - cos ωi sin ωj    cos ω(i - j) = cos ωi cos ωj + sin ωi sin ωj
             turned = of_cosines * sines - of_sines * cosines, of_sines * sines + of_cosines * cosines
-            return torch.cat([q + u[:, None], *turned], dim=-1)
+            return _widened(torch.cat([q + u[:, None], *turned], dim=-1), fixed(like.shape[-1])).to(like.dtype)
 
     def known(
         self, k: Float[Tensor, "B heads n dk"], v: Float[Tensor, "B heads n dv"], sines: Tensor, cosines: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keys with their waves, in the type of values, and values, made as wide as those keys for the kernels."""
+    ) -> tuple[Float[Tensor, "B heads n width"], Float[Tensor, "B heads n width"]]:
+        """Keys with their waves and values, in the type of values, and as wide as one another, which kernels want."""
         waves = torch.cat([sines, cosines], dim=1).to(v.dtype).expand(*k.shape[:2], -1, -1)
-        k = torch.cat([k.to(v.dtype), waves], dim=-1)
-        return k, F.pad(v, (0, max(0, fixed(k.shape[3] - v.shape[3]))))
+        width = self.width(fixed(k.shape[3]), fixed(v.shape[3]))
+        return _widened(torch.cat([k.to(v.dtype), waves], dim=-1), width), _widened(v, width)
 
-    @property
-    def known_dims(self) -> tuple[int, int]:
-        """Channels of the keys and values that `known` gives."""
-        key, value = self.head_dims
-        return key + 4 * self.waves, max(value, key + 4 * self.waves)
+    def width(self, key: int, value: int) -> int:
+        """Channels that `known` makes of those of keys and values: a multiple of 8, for kernels on CUDA."""
+        return -(-max(key + 4 * self.waves, value) // 8) * 8
 
     def weights(self, q, k, grid):
         prefix = grid.prefix_of(q.shape[2])
@@ -316,7 +316,8 @@ class RelativeMixer(Mixer):
         if not self.causal:
             return super().new_cache(batch, grid)
         grid, factory = Grid.of(grid), self.factory(device, dtype)
-        past = PatternCache(self.exact, batch, self.num_heads, grid, self.known_dims, self.scale, full, **factory)
+        dims = (self.width(*self.head_dims),) * 2
+        past = PatternCache(self.exact, batch, self.num_heads, grid, dims, self.scale, full, **factory)
         return RelativePast(self, past, *self.waves_of(grid, 0, factory["device"]))
 
 
@@ -340,6 +341,12 @@ class RelativePast:
     def step(self, q, k, v, place: int):
         """Takes in the pixel at raster index ``place``, and returns what it draws from the past and itself."""
         waves = self.sines[place : place + 1], self.cosines[place : place + 1]
-        query = self.mixer.asking(q[:, :, None], *waves)[:, :, 0].to(v.dtype)
-        key, value = (t[:, :, 0] for t in self.mixer.known(k[:, :, None], v[:, :, None], *waves))
-        return self.past.step(query, key, value, place)[..., : v.shape[-1]]
+        key, value = self.mixer.known(k[:, :, None], v[:, :, None], *waves)
+        query = self.mixer.asking(q[:, :, None], *waves, like=key)
+        return self.past.step(*(t[:, :, 0] for t in (query, key, value)), place)[..., : v.shape[-1]]
+
+
+def _widened(t: Tensor, width: int) -> Tensor:
+    """The tensor with zeros behind its channels."""
+    more = width - fixed(t.shape[-1])
+    return F.pad(t, (0, more)) if more else t

@@ -22,7 +22,7 @@ def lossless(**options):
     """Cells of one pixel each, which are that pixel."""
     block = new(stride=1, **options)
     with torch.no_grad():
-        block.cells.of_keys.copy_(torch.eye(WIDTH)[..., None, None])
+        block.cells.of_keys.copy_(torch.eye(WIDTH).repeat(HEADS, 1)[..., None, None])
         block.cells.of_values.fill_(1)
     return block
 
@@ -30,6 +30,7 @@ def lossless(**options):
 def seen_by(block, grid, y, x, k, v):
     """Places, keys and values of all that a pixel sees, one by one."""
     memory, c, found = block.exact.memory, block.exact.band, []
+    of_keys = block.cells.of_keys.unflatten(0, (HEADS, WIDTH))
     for first in range(0, grid.height, c):
         rows = range(first, min(first + c, grid.height))
         if first + c - 1 < y - memory or (first > y + memory and not block.causal):
@@ -38,7 +39,7 @@ def seen_by(block, grid, y, x, k, v):
                 for row in rows:
                     for column in range(left, min(left + c, grid.width)):
                         at, kernel = row * grid.width + column, (..., row - first, column - left)
-                        key = key + torch.einsum("noi,bni->bno", block.cells.of_keys[kernel], k[:, :, at])
+                        key = key + torch.einsum("noi,bni->bno", of_keys[kernel], k[:, :, at])
                         value = value + block.cells.of_values[kernel][:, None] * v[:, :, at]
                 found.append((first + (c - 1) / 2, left + (c - 1) / 2, key, value))
         else:
@@ -95,7 +96,9 @@ def test_sampling_keeps_recent_rows_and_cells(grid, full):
         out = torch.stack([block.step(x[:, i], i, cache) for i in range(grid.size)], dim=1)
         torch.testing.assert_close(out, block(x, grid), rtol=1e-10, atol=1e-12)
     pixels, cells = min(3, grid.height) * grid.width, -(-grid.height // 2) * -(-grid.width // 2)
-    assert full or cache.nbytes == 2 * (pixels + cells) * HEADS * (2 * (WIDTH + 8)) * 8
+    assert (
+        full or cache.nbytes == 2 * (pixels + cells) * HEADS * (2 * 16) * 8
+    )  # 5 channels, 8 of waves and 3 of nothing
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -104,7 +107,8 @@ def test_the_auxiliary_loss_compares_what_is_compressed_with_its_cells(causal):
     x = torch.randn(2, 3 + grid.size, DIM, dtype=torch.float64, requires_grad=True)
     q, k, v = (t[:, :, 3:] for t in block.heads(x, grid))
     waves = block.waves_of(grid, 0, "cpu")
-    q, pixels = block.asking(q, *waves), block.known(k, v, *waves)
+    pixels = block.known(k, v, *waves)
+    q = block.asking(q, *waves, like=pixels[0])
     ((_, *cells),) = block.summaries(k, v, grid)
     cells = [t.unflatten(0, (2, HEADS)).flatten(2, 3) for t in cells]
     errors = []

@@ -131,7 +131,9 @@ def test_sampling_keeps_one_row_more_than_is_remembered(full):
     with torch.no_grad():
         out = torch.stack([block.step(x[:, i], i, cache) for i in range(GRID.size)], dim=1)
         torch.testing.assert_close(out, block(x, GRID), rtol=1e-10, atol=1e-12)
-    assert cache.nbytes == 2 * (7 if full else 3) * 5 * HEADS * (2 * (13 + 12)) * 8
+    assert (
+        cache.nbytes == 2 * (7 if full else 3) * 5 * HEADS * (2 * 32) * 8
+    )  # 13 channels, 12 of waves and 7 of nothing
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Compressed(Recent):
     def older(self, qy, ky):
         """Whether a row sees another in cells."""
         first, behind = self.span(qy)
-        return (ky < first) | ((ky >= behind) & (not self.past))
+        return ky < first if self.past else (ky < first) | (ky >= behind)
 
     def draw(self, grid, y, x):
         """As that of `Pattern`, ``+`` what is seen in a cell."""
@@ -125,15 +125,16 @@ class Convolved(nn.Module):
     def __init__(self, heads: int, channels: int, stride: int, device=None, dtype=None):
         super().__init__()
         self.tiles = Tiles((stride, stride))
-        self.of_keys = nn.Parameter(torch.empty(heads, channels, channels, stride, stride, device=device, dtype=dtype))
+        self.of_keys = nn.Parameter(torch.empty(heads * channels, channels, stride, stride, device=device, dtype=dtype))
         self.of_values = nn.Parameter(torch.empty(heads, stride, stride, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Means of cells; the weights of values are a tenth off, so that no two of them are alike."""
         pixels = self.of_values[0].numel()
+        eye = torch.eye(self.of_keys.shape[1])[..., None, None] / pixels
         with torch.no_grad():
-            self.of_keys.copy_(torch.eye(self.of_keys.shape[1])[..., None, None] / pixels)
+            self.of_keys.unflatten(0, (-1, self.of_keys.shape[1])).copy_(eye)
         nn.init.normal_(self.of_values, mean=1 / pixels, std=0.1 / pixels)
 
     def forward(
@@ -142,7 +143,8 @@ class Convolved(nn.Module):
         """Positions by their cells, in raster order: (B, heads, cells, dk) and (B, heads, cells, dv)."""
         grid = Grid.of(grid)  # hooks of modules may have made a plain tuple of it
         k, v = (rearrange(self.tiles.queries(grid.maps(t)), "(B n) c s d -> B n c s d", n=t.shape[1]) for t in (k, v))
-        of_keys = self.of_keys.to(k.dtype).permute(0, 3, 4, 2, 1).flatten(1, 3)  # (heads, stride² d, d)
+        # not einops, for which a parameter is a type of its own, a reason to compile again
+        of_keys = self.of_keys.to(k.dtype).unflatten(0, (k.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)
         of_values = self.of_values.to(v.dtype).flatten(1)[:, None, None]
         return k.flatten(3) @ of_keys, (of_values @ v)[..., 0, :]
 
@@ -201,7 +203,7 @@ class Block(RelativeMixer):
         image = F.pad(
             k[:, :, prefix:].mT.unflatten(3, grid).flatten(1, 2), (0, right * c - width, 0, down * c - height)
         )
-        cells = F.conv2d(image, self.cells.of_keys.to(k.dtype).flatten(0, 1), stride=c, groups=k.shape[1])
+        cells = F.conv2d(image, self.cells.of_keys.to(k.dtype), stride=c, groups=k.shape[1])
         cells = cells.flatten(2).unflatten(1, (k.shape[1], -1))  # (B, heads, d, cells)
         asking = q + self.u[:, None]
         place = torch.arange(grid.size, device=q.device)
@@ -242,8 +244,8 @@ class Block(RelativeMixer):
         with torch.no_grad():
             q, k, v = (grid.split(t)[1] for t in self.heads(x, grid))
             waves = self.waves_of(grid, 0, x.device)
-            asking = self.asking(q, *waves).to(v.dtype).unflatten(2, grid)
             pixels = [t.unflatten(2, grid) for t in self.known(k, v, *waves)]
+            asking = self.asking(q, *waves, like=pixels[0]).unflatten(2, grid)
         ((_, *cells),) = self.summaries(k, v, grid)
         cells = [t.unflatten(0, k.shape[:2]) for t in cells]  # (B, heads, bands, cells of a band, d)
         total, count = 0 * self.cells.of_values.sum(), 0
@@ -279,9 +281,10 @@ class CompressedPast:
 
     def __init__(self, mixer: Block, batch: int, grid: Grid, device=None, dtype=None):
         self.mixer, self.grid, dd = mixer, grid, dict(device=device, dtype=dtype)
-        self.recent = Store(RecentRows(mixer.exact), grid, batch, mixer.num_heads, dims=mixer.known_dims, **dd)
+        dims = (mixer.width(*mixer.head_dims),) * 2
+        self.recent = Store(RecentRows(mixer.exact), grid, batch, mixer.num_heads, dims=dims, **dd)
         n = mixer.cells.tiles.sizes(*grid)
-        self.cells = [torch.zeros(batch, mixer.num_heads, n["y"], n["x"], dim, **dd) for dim in mixer.known_dims]
+        self.cells = [torch.zeros(batch, mixer.num_heads, n["y"], n["x"], dim, **dd) for dim in dims]
 
     @property
     def nbytes(self) -> int:
