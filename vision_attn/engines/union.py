@@ -180,7 +180,8 @@ def _mask_of_set(keys: KeySet, grid, prefix: int, dtype, device):
 def _merged(kernel, q, k, v, before, grid, key_sets, others, scale):
     note("union")
     of = [0] * (len(key_sets) - len(others)) + list(range(2, 2 + len(others)))
-    sets, pairs = zip(*((part, pair) for keys, pair in zip(key_sets, of) for part in keys.parts(grid)))
+    parts = [(part, pair) for keys, pair in zip(key_sets, of) for part in keys.parts(grid)]
+    sets, pairs = map(list, zip(*parts))
     masks = [kept(mask_of, keys, grid, kernel.mask_type(q.dtype), device=q.device) for keys in sets]
     tensors = [t for _, *own in others for t in own]
     return merged(kernel, sets, masks, grid, scale, q, k, v, *before, *tensors, pairs=pairs)
