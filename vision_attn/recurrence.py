@@ -326,11 +326,11 @@ class RelativePast:
 
     Args:
         mixer: whose past it is.
-        past: the cache.
+        past: a cache of queries, keys and values as `RelativeMixer.known` makes them.
         sines, cosines: of all positions.
     """
 
-    def __init__(self, mixer: RelativeMixer, past: PatternCache, sines: Tensor, cosines: Tensor):
+    def __init__(self, mixer: RelativeMixer, past, sines: Tensor, cosines: Tensor):
         self.mixer, self.past, self.sines, self.cosines = mixer, past, sines, cosines
 
     @property
