@@ -5,7 +5,7 @@ or the whole grid are folded, on one copy where tiles are cut or rows are joined
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .grid import Grid
 from .kept import kept
-from .traced import is_traced, least
+from .traced import is_passing, is_traced, least
 
 
 def pad(x: Tensor, *amounts: int, fill: float = 0.0) -> Tensor:
@@ -28,6 +28,11 @@ def rows_and_columns(place: Int[Tensor, "..."], width) -> tuple[Int[Tensor, "...
     """Row and column of raster indices. Not by %, which no ONNX graph takes with a width that is free."""
     row = place // width
     return row, place - row * width
+
+
+def crossed(down: Shaped[Tensor, "g p ky"], right: Shaped[Tensor, "g q kx"]) -> tuple[Tensor, Tensor]:
+    """What is said of queries and keys down, and right, so that it broadcasts to (g, p, q, ky, kx)."""
+    return down.unsqueeze(2).unsqueeze(4), right.unsqueeze(1).unsqueeze(3)
 
 
 def add_at(fold: Callable[[Tensor], Tensor], whole: Tensor, part: Tensor) -> None:
@@ -76,6 +81,10 @@ class KeySet:
         """
         return None
 
+    def ready(self, grid: Grid, device) -> "KeySet":
+        """Itself, with what of its tables could not be kept (`is_passing`), so that they are made but once."""
+        return self
+
     def parts(self, grid: Grid) -> tuple["KeySet", ...]:
         """The same pairs as key sets that need less of a mask, where that is cheaper; the size is not traced."""
         return (self,)
@@ -122,6 +131,9 @@ class Only(KeySet):
 
     def place(self, y, grid, fill=0.0):
         return self.whole.place(y, grid, fill)
+
+    def ready(self, grid, device):
+        return replace(self, whole=self.whole.ready(grid, device))
 
     def mask(self, grid, device):
         y, x = (torch.arange(1, n + 1, device=device) for n in grid)
@@ -278,7 +290,32 @@ class AdjacentRows(KeySet):
 
 
 @dataclass(frozen=True)
-class Neighbours(KeySet):
+class Gathered(KeySet):
+    """Groups whose keys are gathered by an index."""
+
+    made: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False, kw_only=True)  # see `ready`
+
+    def tables(self, grid: Grid, device) -> tuple[Int[Tensor, "groups keys"], Bool[Tensor, "groups queries keys"]]:
+        """The index of each key, of some other one where there is none, and what is seen."""
+        raise NotImplementedError
+
+    def kept_tables(self, grid: Grid, device: torch.device):
+        """`tables`, made once: 8 bytes for each key of a group, and one for each pair that is looked at."""
+        return self.made or kept(type(self).tables, self, grid, device=device)
+
+    def ready(self, grid, device):
+        return replace(self, made=self.tables(grid, device)) if is_passing(device) else self
+
+    def gathered(self, x: Shaped[Tensor, "b H W d"], at: Int[Tensor, "groups keys"]):
+        """The entries of a map at raster indices, (b, groups, keys, d)."""
+        return rearrange(x.flatten(1, 2).index_select(1, at.flatten()), "b (t n) d -> b t n d", n=at.shape[1])
+
+    def mask(self, grid, device):
+        return self.kept_tables(grid, torch.device(device))[1]
+
+
+@dataclass(frozen=True)
+class Neighbours(Gathered):
     """Every position with the window around it: ``radius`` = (down, right) steps of ``dilation`` = (down, right).
 
     Positions that the dilation does not mix are a grid of their own, a class. Each is cut into tiles of queries, with
@@ -310,26 +347,29 @@ class Neighbours(KeySet):
 
     def axes(self, grid: Grid, device) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Down and right, of each group: queries (groups, queries, 1) and keys (groups, 1, keys), numbered within
-        their class, which of them see which, and the places of the keys (groups, keys) on the grid.
+        their class, which of them see which, and the places of the keys on the grid (groups, 1, keys).
+
+        Groups are one axis, so that a graph traced for any size asks for no two of them.
         """
         n = self.sizes(*grid, device)
-        rest, tile_x = rows_and_columns(torch.arange(n["sy"] * n["sx"] * n["y"] * n["x"], device=device), n["x"])
+        number = torch.arange(n["sy"] * n["sx"] * n["y"] * n["x"], device=device).view(-1, 1, 1)
+        rest, tile_x = rows_and_columns(number, n["x"])
         rest, tile_y = rows_and_columns(rest, n["y"])
         class_y, class_x = rows_and_columns(rest, n["sx"])
         found = []
-        for at, first, length, size, radius, step, before in (
+        for tile, first, length, size, radius, step, before in (
             (tile_y, class_y, grid.height, n["p"], self.radius[0], n["sy"], self.past),
             (tile_x, class_x, grid.width, n["q"], self.radius[1], n["sx"], False),
         ):
-            query = at[:, None, None] * size + torch.arange(size, device=device)[:, None]
-            last = ((length - 1 - first) // step)[:, None, None]  # of its class
+            query = tile * size + torch.arange(size, device=device).view(-1, 1)
+            last = (length - 1 - first) // step  # of its class
             start = query - radius
             if self.shift:
                 start = torch.minimum(start, last - 2 * radius).clamp(min=0)
-            key = start[:, :1] + torch.arange(size + radius * (1 if before else 2), device=device)
-            seen = (key >= start) & (key <= start + 2 * radius) & (key >= 0) & (key <= last)
-            place = first[:, None] + step * key[:, 0]
-            found.append((query, key, seen, place.clamp(min=0).clamp(max=length - 1)))
+            end = torch.minimum(query if before else start + 2 * radius, last)
+            key = start.narrow(1, 0, 1) + torch.arange(size + radius * (1 if before else 2), device=device)
+            seen = (key >= start.clamp(min=0)) & (key <= end)
+            found.append((query, key, seen, (first + step * key).clamp(min=0).clamp(max=length - 1)))
         return found
 
     def queries(self, x):
@@ -338,22 +378,18 @@ class Neighbours(KeySet):
         x = pad(x, 0, 0, 0, n["x"] * n["q"] * n["sx"] - width, 0, n["y"] * n["p"] * n["sy"] - height)
         return rearrange(x, "b (y p sy) (x q sx) d -> b (sy sx y x) (p q) d", **n)
 
-    def tables(self, grid: Grid, device) -> tuple[Int[Tensor, "groups keys"], Bool[Tensor, "groups queries keys"]]:
-        """Raster index of each key, of some other one where there is none, and what is seen."""
-        (qy, ky, in_rows, rows), (qx, kx, in_columns, columns) = self.axes(grid, device)
-        seen = in_rows[:, :, None, :, None] & in_columns[:, None, :, None, :]
+    def tables(self, grid, device):
+        (qy, ky, *down), (qx, kx, *right) = self.axes(grid, device)
+        (rows_seen, columns_seen), (rows, columns) = (crossed(*pair) for pair in zip(down, right))
+        seen = rows_seen & columns_seen
         if self.past:
-            (qy, ky), (qx, kx) = (t[:, :, None, :, None] for t in (qy, ky)), (t[:, None, :, None] for t in (qx, kx))
-            seen = seen & ((ky < qy) | ((ky == qy) & (kx <= qx)))
-        return (rows[:, :, None] * grid.width + columns[:, None]).flatten(1), seen.flatten(3).flatten(1, 2)
-
-    def kept_tables(self, grid: Grid, device: torch.device):
-        """`tables`, made once: (p + 2 r)² (1 + 8 / p²) bytes a position, for tiles of p × p queries and a radius r."""
-        return kept(Neighbours.tables, self, grid, device=device)
+            above, left = crossed(ky < qy, kx <= qx)
+            seen = seen & (above | left)
+        at = rearrange(rows * grid.width + columns, "g 1 1 ky kx -> g (ky kx)")
+        return at, rearrange(seen, "g p q ky kx -> g (p q) (ky kx)")
 
     def keys(self, x):
-        at, _ = self.kept_tables(Grid(*x.shape[1:3]), x.device)
-        return rearrange(x.flatten(1, 2).index_select(1, at.flatten()), "b (t n) d -> b t n d", n=at.shape[1])
+        return self.gathered(x, self.kept_tables(Grid(*x.shape[1:3]), x.device)[0])
 
     def place(self, y, grid, fill=0.0):
         y = rearrange(y, "b (sy sx y x) (p q) d -> b (y p sy) (x q sx) d", **self.sizes(*grid, y.device))
@@ -365,9 +401,6 @@ class Neighbours(KeySet):
     def add_keys(self, whole, part):
         at, _ = self.kept_tables(Grid(*whole.shape[1:3]), whole.device)
         whole.flatten(1, 2).index_add_(1, at.flatten(), part.flatten(1, 2).to(whole.dtype))
-
-    def mask(self, grid, device):
-        return self.kept_tables(grid, torch.device(device))[1]
 
     def kept(self, grid):
         return min(grid.height, self.radius[0] * self.dilation[0] + 1), 0, grid.width

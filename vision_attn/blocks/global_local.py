@@ -77,14 +77,15 @@ class Block(Mixer):
 
     def read_and_look(self, q, k, v, grid):
         """What pixels take once the global tokens have read."""
-        prefix, wide = grid.prefix_of(q.shape[2]), v.dtype
+        prefix, wide, near = grid.prefix_of(q.shape[2]), v.dtype, self.near.ready(grid, v.device)
         forms, of_windows = self.forms.to(wide), self.of_windows.to(wide)
         owner, size = self.owners(grid, q.device)
         share = F.one_hot(owner, size.shape[0]).to(wide).transpose(-2, -1) / size.clamp(min=1)[:, None]  # (G, N)
         known = torch.cat([k, v], dim=-1)
         # global tokens read
         means_q, means = share @ q[:, :, prefix:], share @ known[:, :, prefix:]
-        labels = [of[:, *self.offsets(q.device)] for of in of_windows.unbind()]  # (heads, G, G), from row to column
+        down, right = self.offsets(q.device)
+        labels = [of[:, down, right] for of in of_windows.unbind()]  # (heads, G, G), from row to column
         empty = torch.zeros_like(size, dtype=wide).masked_fill(size == 0, torch.finfo(wide).min)
         to_global = means_q @ forms[0] @ means[..., : k.shape[-1]].transpose(-2, -1) + labels[0]
         to_local = means_q @ forms[1] @ k.transpose(-2, -1) + F.pad(labels[1].index_select(2, owner), (prefix, 0))
@@ -96,10 +97,12 @@ class Block(Mixer):
         pixels = q[:, :, prefix:]
         to_global = pixels @ forms[2] @ read_k.transpose(-2, -1) + labels[2].index_select(1, owner)
         scores = [to_global * self.scale + empty, self.scale * (pixels @ k[:, :, :prefix].transpose(-2, -1))]
-        scores.append(self.near_scores(pixels, k[:, :, prefix:], grid))
+        scores.append(self.near_scores(near, pixels, k[:, :, prefix:], grid))
         sizes = [score.shape[-1] for score in scores]
         to_global, to_prefix, to_near = torch.cat(scores, dim=-1).softmax(dim=-1).split(sizes, dim=-1)
-        out = to_global @ read_v + to_prefix @ v[:, :, :prefix] + self.near_values(to_near, v[:, :, prefix:], grid)
+        out = (
+            to_global @ read_v + to_prefix @ v[:, :, :prefix] + self.near_values(near, to_near, v[:, :, prefix:], grid)
+        )
         first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=self.scale)
         return torch.cat([first, out], dim=2)
 
@@ -118,14 +121,14 @@ class Block(Mixer):
         y, x = window // right, window % right
         return y[None] - y[:, None] + down - 1, x[None] - x[:, None] + right - 1
 
-    def near_scores(self, q, k, grid):
+    def near_scores(self, near, q, k, grid):
         """Scores of the pixels near each, in the order of its tile's keys, (B, heads, N, keys)."""
-        queries, keys = self.near.queries(grid.maps(q)), self.near.keys(grid.maps(k))
+        queries, keys = near.queries(grid.maps(q)), near.keys(grid.maps(k))
         scores = rearrange(queries @ keys.transpose(-2, -1), "(B n) t q k -> B n t q k", n=self.num_heads)
         scores = scores + self.pixel_labels(q)[:, None]
-        seen = self.near.mask(grid, q.device)
+        seen = near.mask(grid, q.device)
         scores = (scores * self.scale).masked_fill(~seen, torch.finfo(q.dtype).min)
-        return rearrange(self.near.place(scores.flatten(0, 1), grid), "(B n) H W k -> B n (H W) k", n=self.num_heads)
+        return rearrange(near.place(scores.flatten(0, 1), grid), "(B n) H W k -> B n (H W) k", n=self.num_heads)
 
     def pixel_labels(self, q):
         """Labels of each query of a tile and each key of the tile and its rim, (heads, queries, keys)."""
@@ -138,9 +141,9 @@ class Block(Mixer):
         table = self.of_pixels.to(q.dtype)[:, at[0][:, None, :, None], at[1][None, :, None, :]]
         return table.flatten(3).flatten(1, 2)
 
-    def near_values(self, weights, v, grid):
-        out = self.near.queries(grid.maps(weights)) @ self.near.keys(grid.maps(v))
-        return rearrange(self.near.place(out, grid), "(B n) H W d -> B n (H W) d", n=self.num_heads)
+    def near_values(self, near, weights, v, grid):
+        out = near.queries(grid.maps(weights)) @ near.keys(grid.maps(v))
+        return rearrange(near.place(out, grid), "(B n) H W d -> B n (H W) d", n=self.num_heads)
 
     def weights(self, q, k, grid):
         prefix, (height, width), (down, right) = grid.prefix_of(q.shape[2]), grid, self.windows

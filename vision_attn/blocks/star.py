@@ -19,10 +19,12 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from .. import check
 from ..grid import Grid
+from ..key_set import Neighbours
 from ..mixer import Mixer
 from ..precision import at_least_float32, in_range, outside_autocast
 from ..traced import fixed
@@ -132,7 +134,7 @@ class Cycle(nn.Module):
         super().__init__()
         self.ring, self.relay = Mixer(dim, num_heads, **mixer), Mixer(dim, num_heads, **mixer)
         self.norm = nn.LayerNorm(dim, device=mixer.get("device"), dtype=mixer.get("dtype"))
-        self.radius = radius
+        self.radius, self.near = radius, Neighbours(radius)
 
     # fast
 
@@ -151,30 +153,17 @@ class Cycle(nn.Module):
 
     def drawn(self, q, k, v, own_k, own_v, relay_k, relay_v, grid):
         """What the pixels (B, heads, N, d) draw from their ring, their beginning and the relay."""
-        wide = at_least_float32(v)
-        ring_k, ring_v, inside = (
-            self.around(k, grid),
-            self.around(v, grid),
-            self.around(torch.ones_like(k[:1, :1]), grid),
-        )
-        scores = torch.stack([(q * near).sum(dim=-1, dtype=wide) for near in ring_k], dim=-1)
-        seen = torch.stack([near[..., 0] for near in inside], dim=-1) > 0
+        wide, near = at_least_float32(v), self.near.ready(grid, v.device)
+        ring = near.queries(grid.maps(q)) @ near.keys(grid.maps(k)).transpose(-2, -1)
+        ring = ring.to(wide).masked_fill(~near.mask(grid, v.device), -torch.inf)
+        ring = rearrange(near.place(ring, grid), "(B n) H W k -> B n (H W) k", n=q.shape[1])
         own = (q * own_k).sum(dim=-1, keepdim=True, dtype=wide)
-        scores = [scores.masked_fill(~seen, -torch.inf), own, (q @ relay_k.transpose(-2, -1)).to(wide)]
-        sizes = [len(ring_k), 1, relay_k.shape[2]]
+        scores = [ring, own, (q @ relay_k.transpose(-2, -1)).to(wide)]
         weights = (torch.cat(scores, dim=-1) * self.ring.scale).softmax(dim=-1).to(v.dtype)
-        to_ring, to_own, to_relay = weights.split(sizes, dim=-1)
-        out = to_own * own_v + to_relay @ relay_v
-        for weight, near in zip(to_ring.unbind(dim=-1), ring_v):
-            out = out + weight[..., None] * near
-        return out
-
-    def around(self, t, grid):
-        """The tokens (B, heads, N, d) one offset of the ring away, for each offset; zeros beyond the border."""
-        (down, right), (height, width) = self.radius, grid
-        t = F.pad(t.unflatten(2, (height, width)), (0, 0, right, right, down, down))
-        places = product(range(2 * down + 1), range(2 * right + 1))
-        return [t.narrow(2, y, height).narrow(3, x, width).flatten(2, 3) for y, x in places]
+        to_ring, to_own, to_relay = weights.split([s.shape[-1] for s in scores], dim=-1)
+        of_ring = near.place(near.queries(grid.maps(to_ring)) @ near.keys(grid.maps(v)), grid)
+        of_ring = rearrange(of_ring, "(B n) H W d -> B n (H W) d", n=q.shape[1])
+        return of_ring + to_own * own_v + to_relay @ relay_v
 
     # definition
 

@@ -12,7 +12,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..key_set import Everything, KeySet, Tiles, pad, rows_and_columns
+from ..grid import Grid
+from ..key_set import Everything, Gathered, KeySet, Tiles, crossed, pad, rows_and_columns
 from ..precision import at_least_float32
 from ..traced import is_traced
 
@@ -42,11 +43,11 @@ def sums(x, side):
 
 def count(length, side: int):
     """Cells along an axis. Traced: one more, empty, for a graph holds a single one to be a case of its own."""
-    return (length + side - 1) // side + int(torch.compiler.is_compiling())
+    return length if side == 1 else (length + side - 1) // side + int(torch.compiler.is_compiling())
 
 
 @dataclass(frozen=True)
-class Cells(KeySet):
+class Cells(Gathered):
     """Every position with the means of cells around its own: at most ``radius`` cells of ``side`` pixels away."""
 
     side: int
@@ -59,17 +60,17 @@ class Cells(KeySet):
         return (TILE.tile[0] + self.side - 2) // self.side + 1 + 2 * self.radius
 
     def axes(self, grid, device) -> list[tuple[Tensor, Tensor]]:
-        """Down and right: for each tile its queries (tiles, 8) and the cells that they see (tiles, across).
+        """Down and right: for each tile its queries (tiles, 8, 1) and the cells that they see (tiles, 1, across).
 
         Some of them are beyond the border. Tiles are one axis, so that a graph traced for any size asks for no two.
         """
         n = TILE.sizes(*grid)
-        number = torch.arange(n["y"] * n["x"], device=device)
+        number = torch.arange(n["y"] * n["x"], device=device).view(-1, 1, 1)
         found = []
         for place, size in zip(rows_and_columns(number, n["x"]), TILE.tile):
-            first = place[:, None] * size
-            query = first + torch.arange(size, device=device)
-            found.append((query, first // self.side - self.radius + torch.arange(self.across, device=device)))
+            first = place * size
+            cells = first // self.side - self.radius + torch.arange(self.across, device=device)
+            found.append((first + torch.arange(size, device=device).view(-1, 1), cells))
         return found
 
     def queries(self, x):
@@ -79,24 +80,22 @@ class Cells(KeySet):
         return TILE.place(y, grid, fill)
 
     def keys(self, x):
-        cells = means(x, self.side)
-        (_, rows), (_, columns) = self.axes(x.shape[1:3], x.device)
-        rows, columns = (t.clamp(min=0).clamp(max=n - 1) for t, n in zip((rows, columns), cells.shape[1:3]))
-        at = rows[:, :, None] * cells.shape[2] + columns[:, None]  # (tiles, across, across)
-        found = cells.flatten(1, 2).index_select(1, at.flatten())
-        return rearrange(found, "b (t n) d -> b t n d", n=self.across**2)
+        at, _ = self.kept_tables(Grid(*x.shape[1:3]), x.device)
+        return self.gathered(means(x, self.side), at)
 
     def sees(self, queries: Sequence[Tensor], cells: Sequence[Tensor]):
         """Which cells are seen, but for the border: (tiles, query row, query column, cell row, cell column)."""
         down, right = ((q // self.side - c).abs() <= self.radius for q, c in zip(queries, cells))
         return down & right
 
-    def mask(self, grid, device):
+    def tables(self, grid, device):
         (qy, cy), (qx, cx) = self.axes(grid, device)
-        qy, qx = qy[:, :, None, None, None], qx[:, None, :, None, None]
-        cy, cx = cy[:, None, None, :, None], cx[:, None, None, None, :]
-        seen = self.sees([qy, qx], [cy, cx])
-        return (seen & self.there(qy, qx, cy, cx, grid)).flatten(3).flatten(1, 2)
+        down, right = (count(n, self.side) for n in grid)
+        rows, columns = crossed(cy.clamp(min=0).clamp(max=down - 1), cx.clamp(min=0).clamp(max=right - 1))
+        (qy, qx), (cy, cx) = crossed(qy, qx), crossed(cy, cx)
+        seen = self.sees([qy, qx], [cy, cx]) & self.there(qy, qx, cy, cx, grid)
+        at = rearrange(rows * right + columns, "t 1 1 cy cx -> t (cy cx)")
+        return at, rearrange(seen, "t p q cy cx -> t (p q) (cy cx)")
 
     def there(self, qy, qx, cy, cx, grid):
         """Whether a cell is on the grid and, with ``past``, without a pixel behind the query."""
@@ -110,6 +109,8 @@ class Cells(KeySet):
 @dataclass(frozen=True)
 class AllCells(Cells):
     """Every position with the means of all cells of ``side`` pixels, as far as ``sees`` says."""
+
+    ready = KeySet.ready  # no index
 
     def queries(self, x):
         return Everything().queries(x)

@@ -138,6 +138,7 @@ def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias, others):
     q, k, v = (grid.maps(t) for _, t in parts)
     before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
     sets = [*((keys, k, v) for keys in key_sets), *others]
+    sets = [(keys.ready(grid, q.device), *known) for keys, *known in sets]
     key_sets = [keys for keys, *_ in sets]
     flat = asked() == "flat" or (asked() == "auto" and len(sets) > 1 and flat_is_faster(key_sets, grid, q.device))
     kernel = kernel_for(q, k, v) if dropout == 0 and bias is None and not flat else None
