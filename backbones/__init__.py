@@ -7,11 +7,13 @@ from .insert import insert
 from .maps import attention_maps, draw_maps
 from .pixel import PixelTransformer, TwoStreamPixelTransformer
 from .replace import Report, replace
+from .reversible_vit import ReversibleViT
 
 __all__ = [
     "ExportError",
     "PixelTransformer",
     "Report",
+    "ReversibleViT",
     "TwoStreamPixelTransformer",
     "attention_maps",
     "attn_resnet",

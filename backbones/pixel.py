@@ -29,6 +29,8 @@ from vision_attn import Grid, Mixer, check, create_block
 from vision_attn.mixer import PatternMixer
 from vision_attn.pattern import BlindSpot, Column, Row, blind_spot
 
+from .reversible import Half, in_chunks, refuse_statistics, two_streams
+
 __all__ = ["PixelTransformer", "TwoStreamPixelTransformer"]
 
 STRIDED = {"name": "strided", "split_heads": True}
@@ -41,11 +43,21 @@ class ResidualBlock(nn.Module):
         attn: a causal mixer.
         mlp_ratio: hidden channels of the MLP, as a multiple of the mixer's ``dim``.
         drop_rate: of the dropout.
+        mlp_chunks: parts of the tokens that the MLP runs on one after the other.
     """
 
-    def __init__(self, attn: Mixer, mlp_ratio: float = 4.0, drop_rate: float = 0.0, device=None, dtype=None):
+    def __init__(
+        self,
+        attn: Mixer,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        mlp_chunks: int = 1,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
+        self.mlp_chunks = mlp_chunks
         self.norm1 = nn.LayerNorm(attn.dim, **dd)
         self.attn = attn
         self.norm2 = nn.LayerNorm(attn.dim, **dd)
@@ -54,13 +66,30 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Tokens (B, H·W, dim) → (B, H·W, dim)."""
-        x = x + self.drop(self.attn(self.norm1(x), grid))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        x = x + self.attend(x, grid)
+        return x + in_chunks(self.transform, x, self.mlp_chunks)
+
+    def attend(self, x: Tensor, grid: Grid) -> Tensor:
+        """The first branch."""
+        return self.drop(self.attn(self.norm1(x), grid))
+
+    def transform(self, x: Tensor, *_) -> Tensor:
+        """The second branch, in which each token is on its own."""
+        return self.drop(self.mlp(self.norm2(x)))
+
+    def halves(self) -> tuple[Half, Half]:
+        """The branches as those of a reversible layer."""
+        attend = Half(self.attend, (self.norm1, self.attn))
+        return attend, Half(self.transform, (self.norm2, self.mlp), self.mlp_chunks)
 
     def step(self, x: Tensor, place: int, cache) -> Tensor:
         """The token (B, dim) at raster index ``place``, after all before it went through ``cache``."""
-        x = x + self.drop(self.attn.step(self.norm1(x), place, cache))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        x = x + self.attend_step(x, place, cache)
+        return x + self.transform(x)
+
+    def attend_step(self, x: Tensor, place: int, cache) -> Tensor:
+        """What the first branch gives for the token (B, dim) at raster index ``place``."""
+        return self.drop(self.attn.step(self.norm1(x), place, cache))
 
 
 class PixelModel(nn.Module):
@@ -271,9 +300,14 @@ class PixelTransformer(PixelModel):
             list of these that the layers cycle through.
         mlp_ratio: hidden channels of the MLPs, as a multiple of ``dim``.
         drop_rate: dropout at the end of each residual branch.
+        reversible: layers are those of `reversible.two_streams`: another function, whose training keeps no activations
+            of them. Gradient checkpointing changes nothing then.
+        mlp_chunks: parts of the tokens that MLPs run on one after the other, and again in the backward pass: less
+            memory for their hidden channels, and in layers that are not reversible a second forward pass.
 
     Raises:
-        ValueError: an argument is out of range; a block is unknown or can't be causal.
+        ValueError: an argument is out of range; a block is unknown or can't be causal; a block counts what passes
+            through it, and would do so twice (``reversible``).
         TypeError: an option the block does not have.
 
     Warns:
@@ -295,6 +329,8 @@ class PixelTransformer(PixelModel):
         blocks: str | dict | list[str | dict] = STRIDED,
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
+        reversible: bool = False,
+        mlp_chunks: int = 1,
         device=None,
         dtype=None,
     ):
@@ -303,15 +339,24 @@ class PixelTransformer(PixelModel):
         check.positive_int("depth", depth)
         check.positive("mlp_ratio", mlp_ratio)
         check.rate("drop_rate", drop_rate)
+        check.boolean("reversible", reversible)
+        check.positive_int("mlp_chunks", mlp_chunks)
+        self.reversible = reversible
         mixers = create_cycle(blocks, depth, dim, num_heads=num_heads, **dd)
-        self.blocks = nn.ModuleList(ResidualBlock(mixer, mlp_ratio, drop_rate, **dd) for mixer in mixers)
+        self.blocks = nn.ModuleList(ResidualBlock(mixer, mlp_ratio, drop_rate, mlp_chunks, **dd) for mixer in mixers)
+        if reversible:
+            refuse_statistics("reversible", self.blocks)
         self.init_weights()
 
     def logits(self, values: Tensor) -> Tensor:
         """Values (B, H·W·C) in raster order → logits (B, H·W·C, levels)."""
         start = self.start.expand(len(values), 1, -1)
         x = torch.cat([start, self.value(values[:, :-1])], dim=1) + self.positions().flatten(0, 1)
-        return self.head(self.norm(self.run(self.blocks, x, self.grid)))
+        if self.reversible:
+            x = two_streams([block.halves() for block in self.blocks], x, self.grid)
+        else:
+            x = self.run(self.blocks, x, self.grid)
+        return self.head(self.norm(x))
 
     def new_caches(self, batch: int, full: bool = False) -> list:
         """One empty cache for each block, for ``batch`` images; ``full`` keeps all keys and values."""
@@ -331,8 +376,15 @@ class PixelTransformer(PixelModel):
         y, x = divmod(pixel, self.img_size[1])
         token = self.value(value) if place else self.start.expand(len(value), -1)
         token = token + (self.row[y] + self.column[x] + self.channel[channel])
-        for block, cache in zip(self.blocks, caches):
-            token = block.step(token, place, cache)
+        if self.reversible:
+            first = second = token
+            for block, cache in zip(self.blocks, caches):
+                first = first + block.attend_step(second, place, cache)
+                second = second + block.transform(first)
+            token = (first + second) / 2
+        else:
+            for block, cache in zip(self.blocks, caches):
+                token = block.step(token, place, cache)
         return self.head(self.norm(token))
 
     def predictor(self, values: Tensor, first: int, cache: str | None):

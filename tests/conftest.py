@@ -40,6 +40,7 @@ OPTIONS = {
     "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
     "clustered": [{}, {"cells": (2, 3), "top": 5}],
+    "compressive": [{"memory": 1, "stride": 2, "waves": 3}],
     "criss_cross": [{}, {"out_proj": False}],
     "dilated": [
         {"kernel_size": 3, "dilation": (2, 3)},
@@ -86,6 +87,7 @@ OPTIONS = {
         {"length": 5, "form": "mixture"},
     ],
     "talking_heads": [{}, {"mixing_bias": True}],
+    "transformer_xl": [{"memory": 2, "waves": 3}, {"memory": None}],
     "window": [{}, {"kernel_size": (3, 5)}, {"kernel_size": (5, 3), "border": "shift"}],
 }
 # One block of each engine and kind: with the others, what takes long is left to `make test-all`.

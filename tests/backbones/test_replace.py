@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import GATES, MIXERS, every_block, every_mixer, in_turn
+from conftest import GATES, MIXERS, OPTIONS, every_block, every_mixer, in_turn
 from timm.layers import Attention, PatchDropout
 from timm.models.eva import EvaAttention
 from torch import nn
@@ -205,7 +205,7 @@ def test_dropout_of_attention_is_inherited_or_refused(block):
 @every_mixer
 def test_gradients_reach_every_new_weight(block):
     model, x = made("eva02_tiny_patch14_224", **EVA), images(42, 70)
-    report = backbones.replace(model, block)
+    report = backbones.replace(model, block, **OPTIONS.get(block, [{}])[0])
     model.train()(x).square().sum().backward()
     weights = dict(model.named_parameters())
     for name in weights.keys() & {*report.copied, *report.new}:  # the rest are buffers

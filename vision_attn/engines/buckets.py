@@ -153,8 +153,8 @@ def _merged(kernel, here, before, rounds, masks, scale):
     hidden = [~mask.any(dim=-1) for mask in masks]
     masks = [hiding(mask | none[..., None], kernel.mask_type(here[0].dtype))[0] for mask, none in zip(masks, hidden)]
     sets, grid = [*rounds, Before()], Grid(1, here[0].shape[1])
-    maps = [t[:, None] for t in (*here, *before)]
-    return Merged.apply(kernel, sets, [*masks, None], [*hidden, None], grid, scale, *maps)[0][:, 0]
+    maps, pairs = [t[:, None] for t in (*here, *before)], [0] * len(rounds) + [1]
+    return Merged.apply(kernel, sets, pairs, [*masks, None], [*hidden, None], grid, scale, *maps)[0][:, 0]
 
 
 def _concatenated(here, before, rounds, masks, scale, dropout):

@@ -220,6 +220,12 @@ def _wide(t: Tensor | None) -> Tensor | None:
 class Before(Everything):
     """Every position with the keys that all see, which are no part of the grid."""
 
+    def keys(self, x):
+        return x
+
+    def add_keys(self, whole, part):
+        whole += part
+
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> type[Cpu] | type[Cuda] | None:
     """The kernel that takes these tensors and tells the log-sum-exp.
@@ -248,6 +254,8 @@ def merged(
     v: Float[Tensor, "b H W d"],
     k_before: Float[Tensor, "b 1 P d"],
     v_before: Float[Tensor, "b 1 P d"],
+    *others: Float[Tensor, "b ..."],
+    pairs: list[int] | None = None,
 ) -> Float[Tensor, "b H W d"]:
     """Attention of the grid's positions over disjoint key sets and over P ≥ 0 keys that all see.
 
@@ -259,9 +267,13 @@ def merged(
         scale: factor on q · k.
         q, k, v: of the positions.
         k_before, v_before: of the keys that all see.
+        others: further pairs of keys and values, of any shape that the sets which take them know.
+        pairs: of each set, which pair it takes: 0 is k and v, 1 those that all see, 2 the first of ``others``.
     """
+    pairs = [0] * len(sets) if pairs is None else pairs
     masks, unseen = zip(*masks, (None, None))
-    out, _ = Merged.apply(kernel, [*sets, Before()], masks, unseen, grid, scale, q, k, v, k_before, v_before)
+    tensors = q, k, v, k_before, v_before, *others
+    out, _ = Merged.apply(kernel, [*sets, Before()], [*pairs, 1], masks, unseen, grid, scale, *tensors)
     return out
 
 
@@ -273,19 +285,22 @@ def _pieces(sets: list[KeySet], *tensors: Float[Tensor, "b ..."]) -> zip:
 
 
 class Merged(torch.autograd.Function):
-    """Merges the sets' flash calls; each backward call gets the merged output and log-sum-exp."""
+    """Merges the sets' flash calls; each backward call gets the merged output and log-sum-exp.
+
+    Tensors are the queries, and pairs of keys and values, of which each set takes one (``pairs``).
+    """
 
     @staticmethod
-    def forward(kernel, sets, masks, hidden, grid, scale, *tensors):
-        outs = [Merged.some(kernel, sets, masks, hidden, grid, scale, *some) for some in _pieces(sets, *tensors)]
+    def forward(kernel, sets, pairs, masks, hidden, grid, scale, *tensors):
+        outs = [Merged.some(kernel, sets, pairs, masks, hidden, grid, scale, *some) for some in _pieces(sets, *tensors)]
         return outs[0] if len(outs) == 1 else tuple(map(torch.cat, zip(*outs)))
 
     @staticmethod
-    def some(kernel, sets, masks, hidden, grid, scale, q, k, v, k_before, v_before):
+    def some(kernel, sets, pairs, masks, hidden, grid, scale, q, *known):
         """Output and log-sum-exp."""
         parts, wide = [], at_least_float32(q)
-        for keys, mask, unseen in zip(sets, masks, hidden):
-            folded = _folded(keys, q, k, v, k_before, v_before)
+        for keys, pair, mask, unseen in zip(sets, pairs, masks, hidden):
+            folded = _folded(keys, q, *known[2 * pair : 2 * pair + 2])
             if folded[0].numel() and folded[1].numel():
                 out, lse = kernel.forward(*folded, mask, keys.causal, scale)
                 parts.append((keys, out, _filled(lse, unseen, -torch.inf)[..., None]))
@@ -303,7 +318,7 @@ class Merged(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.kernel, ctx.sets, masks, hidden, _, ctx.scale, *tensors = inputs
+        ctx.kernel, ctx.sets, ctx.pairs, masks, hidden, _, ctx.scale, *tensors = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*masks, *hidden, *tensors, *output)
 
@@ -312,33 +327,30 @@ class Merged(torch.autograd.Function):
     def backward(ctx, slope, _):
         saved, n = ctx.saved_tensors, len(ctx.sets)  # once: gradient checkpointing gives them a single time
         masks, hidden, (*tensors, out, total) = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        wide = at_least_float32(out)
+        wide, count = at_least_float32(out), len(tensors)
         slopes = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in tensors]
         for some in _pieces(ctx.sets, *slopes, *tensors, _dense_rows(slope), out, total):
-            Merged.add_slopes(ctx, masks, hidden, some[:5], some[5:10], *some[10:])
-        return *(None,) * 6, *(slope.to(out.dtype) for slope in slopes)
+            Merged.add_slopes(ctx, masks, hidden, some[:count], some[count : 2 * count], *some[2 * count :])
+        return *(None,) * 7, *(slope.to(out.dtype) for slope in slopes)
 
     @staticmethod
     def add_slopes(ctx, masks, hidden, slopes, tensors, slope, out, total):
         """Adds the gradients of some of the b to ``slopes``."""
-        for keys, mask, unseen in zip(ctx.sets, masks, hidden):
-            q, k, v = _folded(keys, *tensors)
+        for keys, pair, mask, unseen in zip(ctx.sets, ctx.pairs, masks, hidden):
+            known = slice(1 + 2 * pair, 3 + 2 * pair)
+            q, k, v = _folded(keys, tensors[0], *tensors[known])
             if q.numel() and k.numel():
                 slope_here, out_here, lse = (_dense_rows(keys.queries(t)) for t in (slope, out, total))
                 lse = _filled(lse[..., 0], unseen, torch.inf)  # exp(score - inf): no weight
                 parts = ctx.kernel.backward(slope_here, q, k, v, out_here, lse, mask, keys.causal, ctx.scale)
                 keys.add_queries(slopes[0], parts[0])
-                for whole, before, part in zip(slopes[1:3], slopes[3:], parts[1:]):
-                    if isinstance(keys, Before):
-                        before += part
-                    else:
-                        keys.add_keys(whole, part)
+                for whole, part in zip(slopes[known], parts[1:]):
+                    keys.add_keys(whole, part)
 
 
-def _folded(keys, q, k, v, k_before, v_before):
+def _folded(keys, q, k, v):
     """Queries, keys and values of a set, as the kernel reads them: right only where channels lie side by side."""
-    folded = (k_before, v_before) if isinstance(keys, Before) else (keys.keys(k), keys.keys(v))
-    return tuple(_dense_rows(t) for t in (keys.queries(q), *folded))
+    return tuple(_dense_rows(t) for t in (keys.queries(q), keys.keys(k), keys.keys(v)))
 
 
 def _dense_rows(t: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ groups share keys: it is folded a few images at a time, and anew in the backward
 looked at. Small grids take one call with the pattern's mask instead, where that is faster (`route`).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -15,12 +17,12 @@ from torch import Tensor
 
 from ..grid import Grid
 from ..kept import kept
-from ..key_set import Everything, KeySet, Only
+from ..key_set import KeySet, Only
 from ..pattern import All, Past, Pattern
 from ..precision import at_least_float32, is_slow, outside_autocast
 from ..traced import fixed, is_passing, is_traced
 from . import flex
-from .flash import BLOCKS, added, by_launches, hiding, kernel_for, mask_of, merged
+from .flash import BLOCKS, Before, added, by_launches, hiding, kernel_for, mask_of, merged
 from .route import asked, dense_is_faster, flat_is_faster, note, takes_dense
 
 
@@ -34,35 +36,39 @@ def attend(
     scale: float,
     dropout: float = 0.0,
     bias: Float[Tensor, "#b #groups queries keys"] | None = None,
+    others: Sequence[tuple[KeySet, Tensor, Tensor]] = (),
 ) -> Float[Tensor, "B heads tokens dv"]:
     """softmax over what ``pattern`` allows and the prefix tokens; prefix queries see all (causal: one another).
 
     Without causality there may be more prefix tokens among the keys than among the queries. ``bias`` is added to the
-    scaled scores of the only key set, b = B · heads. Cost: (queries × keys looked at) · d.
+    scaled scores of the only key set, b = B · heads. ``others`` are under the same softmax: key sets with keys and
+    values of their own, maps (b, rows, columns, d). Cost: (queries × keys looked at) · d.
     """
     if is_slow(v):  # and scores may pass the least float16, a mask
         bias = None if bias is None else bias.float()
+        others, options = [(keys, *(t.float() for t in own)) for keys, *own in others], dict(scale=scale, bias=bias)
         with outside_autocast(v):
-            out = attend(q.float(), k.float(), v.float(), grid, pattern, scale=scale, dropout=dropout, bias=bias)
-        return out.half()
+            q, k, v = q.float(), k.float(), v.float()
+            return attend(q, k, v, grid, pattern, dropout=dropout, others=others, **options).half()
     prefix = grid.prefix_of(q.shape[2])
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave normalised queries and keys wider
-    if isinstance(pattern, All | Past) and bias is None:  # no folds: the prefix is in its place
+    plain = bias is None and not others
+    if isinstance(pattern, All | Past) and plain:  # no folds: the prefix is in its place
         note("dense")
         out = flash(q, k, v, dropout_p=dropout, is_causal=pattern.causal, scale=scale)
         if not pattern.causal:
             return out
         out = out[:, :, prefix:]
-    elif bias is None and takes_dense(dense_is_faster(pattern, q.shape[1], grid, q.device)):
+    elif plain and takes_dense(dense_is_faster(pattern, q.shape[1], grid, q.device)):
         return _dense(q, k, v, grid, pattern, scale, dropout)
-    elif bias is None and dropout == 0 and asked() == "flex" and _takes_flex(q, pattern):
+    elif plain and dropout == 0 and asked() == "flex" and _takes_flex(q, pattern):
         note("flex")
         return flex.attend(q, k, v, grid, pattern, scale=scale)
     else:
         shares = pattern.shares(q.shape[1])
         heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
         outs = [
-            _on_grid(*some, grid, part.key_sets(), scale, dropout, bias)
+            _on_grid(*some, grid, part.key_sets(), scale, dropout, bias, others)
             for part, share, some in zip(pattern.by_head(), shares, heads_of)
             if share
         ]
@@ -126,23 +132,25 @@ def _mask_of_all(pattern, heads, grid, prefix: int, more: int, dtype, device):
     return mask, unseen
 
 
-def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias):
+def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias, others):
     """Attention of the positions, without the prefix queries."""
     heads, parts = q.shape[1], [grid.split(t) for t in (q, k, v)]
-    key_sets = [keys.ready(grid, q.device) for keys in key_sets]
-    maps = [grid.maps(t) for _, t in parts]
+    q, k, v = (grid.maps(t) for _, t in parts)
     before = [rearrange(t, "B n P d -> (B n) 1 P d") for t, _ in parts[1:]]
-    flat = asked() == "flat" or (asked() == "auto" and len(key_sets) > 1 and flat_is_faster(key_sets, grid, q.device))
-    kernel = kernel_for(*maps) if dropout == 0 and bias is None and not flat else None
+    sets = [*((keys, k, v) for keys in key_sets), *others]
+    sets = [(keys.ready(grid, q.device), *known) for keys, *known in sets]
+    key_sets = [keys for keys, *_ in sets]
+    flat = asked() == "flat" or (asked() == "auto" and len(sets) > 1 and flat_is_faster(key_sets, grid, q.device))
+    kernel = kernel_for(q, k, v) if dropout == 0 and bias is None and not flat else None
     anew = kernel and key_sets[0].overlap and q.device.type == "cpu"
-    if len(key_sets) == 1 and not anew:
-        out = _one_set(*maps, before, grid, *key_sets, scale, dropout, bias)
+    if len(sets) == 1 and not anew:
+        out = _one_set(q, k, v, before, grid, *key_sets, scale, dropout, bias)
     elif bias is not None:
-        raise ValueError(f"bias: takes one key set, got {len(key_sets)}")
+        raise ValueError(f"bias: takes one key set, got {len(sets)}")
     elif kernel:
-        out = _merged(kernel, *maps, before, grid, key_sets, scale)
+        out = _merged(kernel, q, k, v, before, grid, key_sets, others, scale)
     else:
-        out = _concatenated(*maps, before, grid, key_sets, scale, dropout)
+        out = _concatenated(q, [*sets, (Before(), *before)], grid, scale, dropout)
     return rearrange(out, "(B n) H W d -> B n (H W) d", n=heads)
 
 
@@ -170,32 +178,31 @@ def _mask_of_set(keys: KeySet, grid, prefix: int, dtype, device):
     return added(seen if seen is None else F.pad(seen, (prefix, 0), value=True), dtype)
 
 
-def _merged(kernel, q, k, v, before, grid, key_sets, scale):
+def _merged(kernel, q, k, v, before, grid, key_sets, others, scale):
     note("union")
-    sets = [part for keys in key_sets for part in keys.parts(grid)]
+    of = [0] * (len(key_sets) - len(others)) + list(range(2, 2 + len(others)))
+    parts = [(part, pair) for keys, pair in zip(key_sets, of) for part in keys.parts(grid)]
+    sets, pairs = map(list, zip(*parts))
     masks = [kept(mask_of, keys, grid, kernel.mask_type(q.dtype), device=q.device) for keys in sets]
-    return merged(kernel, sets, masks, grid, scale, q, k, v, *before)
+    tensors = [t for _, *own in others for t in own]
+    return merged(kernel, sets, masks, grid, scale, q, k, v, *before, *tensors, pairs=pairs)
 
 
-def _concatenated(q, k, v, before, grid, key_sets, scale, dropout):
+def _concatenated(q, sets, grid, scale, dropout):
     note("flat")
+    dtype = sets[0][2].dtype
+    sets = [entry for entry in sets if not isinstance(entry[0], Before) or fixed(entry[1].shape[2])]
     if q.dtype == torch.float16:  # whose range scores may leave
-        q, k, before = q.float(), k.float(), [before[0].float(), before[1]]
-    q = q * scale
-    scores, prefix = [], fixed(before[0].shape[2])
-    masks = [kept(_whole_mask_of, keys, grid, q.dtype, device=q.device) for keys in key_sets]
-    if prefix:
-        scores.append(Everything().place(Everything().queries(q) @ before[0].transpose(-2, -1), grid))
-    for keys, (mask, _) in zip(key_sets, masks):
+        q, sets = q.float(), [(keys, k.float(), v) for keys, k, v in sets]
+    q, scores = q * scale, []
+    masks = [kept(_whole_mask_of, keys, grid, q.dtype, device=q.device) for keys, *_ in sets]
+    for (keys, k, _), (mask, _) in zip(sets, masks):
         seen = keys.queries(q) @ keys.keys(k).transpose(-2, -1)
         scores.append(keys.place(seen if mask is None else seen + mask, grid, torch.finfo(q.dtype).min))
     weights = torch.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=at_least_float32(q))
-    weights = F.dropout(weights.to(v.dtype), dropout).split([s.shape[-1] for s in scores], dim=-1)
-    outs = [keys.queries(w) @ keys.keys(v) for keys, w in zip(key_sets, weights[-len(key_sets) :])]
-    out = sum(keys.place(_of_seen(out, keys, unseen), grid) for out, keys, (_, unseen) in zip(outs, key_sets, masks))
-    if prefix:
-        out = out + Everything().place(Everything().queries(weights[0]) @ before[1], grid)
-    return out
+    weights = F.dropout(weights.to(dtype), dropout).split([s.shape[-1] for s in scores], dim=-1)
+    outs = [keys.queries(w) @ keys.keys(v) for (keys, _, v), w in zip(sets, weights)]
+    return sum(keys.place(_of_seen(out, keys, unseen), grid) for out, (keys, *_), (_, unseen) in zip(outs, sets, masks))
 
 
 def _whole_mask_of(keys: KeySet, grid, dtype, device):
