@@ -74,6 +74,10 @@ OPTIONS = {
     "nystrom": [{}, {"cells": (2, 3), "iterations": 5}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
     "prob_sparse": [{}, {"factor": 2, "cells": (2, 3)}],
+    "product_keys": [
+        {"keys": 5, "nearest": 7, "key_dim": 10},
+        {"keys": 3, "nearest": 7, "num_heads": 2},  # more than the half keys of a side
+    ],
     "random_features": [{"features": 67}],
     "routing": [{}, {"clusters": 3, "chunk": 5}],
     "sinkhorn": [{"tile": 3}, {"tile": 5, "cut": 2}],

@@ -73,11 +73,17 @@ def computed(block: nn.Module, by_element: bool) -> float:
     aten = torch.ops.aten
     outputs = {op: lambda *_, out_shape, **__: torch.Size(out_shape).numel() for op in (aten.mul, aten.add)}
     inputs_ = {op: lambda x, *_, **__: torch.Size(x).numel() for op in (aten.sum, aten.mean)}
-    transforms = {aten._fft_c2c: of_a_transform, aten._fft_r2c: of_a_real_transform, aten._fft_c2r: of_a_real_transform}
-    counter = FlopCounterMode(display=False, custom_mapping=transforms | (outputs | inputs_ if by_element else {}))
+    own = {aten._fft_c2c: of_a_transform, aten._fft_r2c: of_a_real_transform, aten._fft_c2r: of_a_real_transform}
+    own |= {op: of_bags for op in (aten._embedding_bag, aten._embedding_bag_forward_only)}
+    counter = FlopCounterMode(display=False, custom_mapping=own | (outputs | inputs_ if by_element else {}))
     with torch.no_grad(), counter:
         block.eval()(*inputs)
     return counter.get_total_flops() / 2 - sum(projected)
+
+
+def of_bags(table, chosen, *_, **__) -> float:
+    """Each row that is chosen, times its weight."""
+    return 2 * math.prod(chosen) * table[1]
 
 
 def of_a_transform(shape, axes, *_, out_shape, **__) -> float:
