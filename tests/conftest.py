@@ -40,6 +40,7 @@ OPTIONS = {
     "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
     "clustered": [{}, {"cells": (2, 3), "top": 5}],
+    "collaborative": [{}, {"content_bias": False}],
     "criss_cross": [{}, {"out_proj": False}],
     "dilated": [
         {"kernel_size": 3, "dilation": (2, 3)},

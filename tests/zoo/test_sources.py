@@ -44,6 +44,7 @@ PAPERS = {
     "2006.03274": ("Gupta", "GMAT", "GMAT: Global Memory Augmentation for Transformers"),
     "2006.04768": ("Wang", "Linformer", "Linformer: Self-Attention with Linear Complexity"),
     "2006.05174": ("Wu", "Hand-crafted Attention", "Input-independent Attention Weights Are Expressive Enough"),
+    "2006.16362": ("Cordonnier", "Collaborate", "Multi-Head Attention: Collaborate Instead of Concatenate"),
     "2006.16236": ("Katharopoulos", "Transformers are RNNs", "Transformers are RNNs: Fast Autoregressive Transformers"),
     "2007.03815": ("Hu", "FANet", "Real-time Semantic Segmentation with Fast Attention"),
     "2007.04825": ("Vyas", "Clustered Attention", "Fast Transformers with Clustered Attention"),
