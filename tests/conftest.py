@@ -80,6 +80,7 @@ OPTIONS = {
         {"keys": 3, "nearest": 7, "num_heads": 2},  # more than the half keys of a side
     ],
     "random_features": [{"features": 67}],
+    "residual_logits": [{}, {"layers": 3, "share": "scores"}],
     "routing": [{}, {"clusters": 3, "chunk": 5}],
     "sinkhorn": [{"tile": 3}, {"tile": 5, "cut": 2}],
     "spatial_gating": [{"length": (5, 7)}, {"length": (4, 3), "gated": False}],
