@@ -57,7 +57,11 @@ OPTIONS = {
     "global_local": [{"windows": (2, 3), "kernel_size": (3, 5)}],
     "global_memory": [{"memory": 5, "chunk": (2, 3)}],
     "global_tokens": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
-    "hand_crafted": [{}, {"patterns": ("left", "up", "column")}],
+    "hand_crafted": [
+        {},
+        {"patterns": ("left", "up", "column")},
+        {"patterns": ("all", "gaussian_up", "gaussian"), "width": 2.5},
+    ],
     "inducing_points": [{"points": 5}],
     "interlaced_sparse": [{}, {"factor": (2, 3)}],
     "light_non_local": [{}, {"ratio": 1.0, "stride": 3}],
