@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..traced import is_transformed
+from ..traced import is_traced, is_transformed
 
 
 def rows(x: Shaped[Tensor, "*b N d"], index: Int[Tensor, "..."]) -> Shaped[Tensor, "... d"]:
@@ -20,8 +20,8 @@ def rows(x: Shaped[Tensor, "*b N d"], index: Int[Tensor, "..."]) -> Shaped[Tenso
 def sums_of_rows(
     x: Float[Tensor, "M d"], index: Int[Tensor, "N some"], weights: Float[Tensor, "N some"]
 ) -> Float[Tensor, "N d"]:
-    """Σ_j weights[n, j] x[index[n, j]] for each n; what is chosen is never side by side in memory."""
-    if torch.jit.is_tracing() or is_transformed():  # which know no bags
+    """Σ_j weights[n, j] x[index[n, j]] for each n; but in graphs what is chosen is never side by side in memory."""
+    if is_traced() or is_transformed():  # which know no bags, or make a loop of them
         return (weights[:, None] @ x[index])[:, 0]
     return F.embedding_bag(index, x, per_sample_weights=weights, mode="sum")
 
