@@ -24,6 +24,7 @@ PAPERS = {
     "1904.11492": ("Cao", "GCNet", "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond"),
     "1905.07799": ("Sukhbaatar", "Adaptive Attention Span", "Adaptive Attention Span in Transformers"),
     "1906.05909": ("Ramachandran", "SASA", "Stand-Alone Self-Attention in Vision Models"),
+    "1907.00641": ("Joutard", "PAM", "Permutohedral Attention Module for Efficient Non-Local Neural Networks"),
     "1907.05242": ("Lample", "Large Memory Layers", "Large Memory Layers with Product Keys"),
     "1907.12273": ("Huang", "ISA", "Interlaced Sparse Self-Attention for Semantic Segmentation"),
     "1907.13426": ("Li", "EMANet", "Expectation-Maximization Attention Networks for Semantic Segmentation"),
