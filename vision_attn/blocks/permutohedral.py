@@ -4,7 +4,7 @@ Joutard et al. 2019, PAM, https://arxiv.org/abs/1907.00641
     A = S B_d ⋯ B_0 Sᵀ, rows divided by their sums      B_j = I + ½ [p' = p ± o_j]      f = LeakyReLU(W x + U r)
     S_up = φ(E f_u - p)      φ(z) = max(0, 1 - (max_i z_i - min_i z_i) / (d + 1))
 Cost: 2 N (features + 1) d
-Computed: 1 ×
+Computed: 1.2 ×
 p are the vertices of the permutohedral lattice (Adams et al. 2010) that any pixel of the image touches: integer points
 of d + 1 coordinates, alike modulo d + 1, of sum 0; here d is ``features``, the features of a head. E takes features to
 that plane, √(2/3) (d + 1) times an orthonormal basis of it; o_j is the step along axis j, d there and -1 elsewhere.
