@@ -1,8 +1,11 @@
 """Rows of tensors that a table of integers chooses, another table for each image and head."""
 
 import torch
-from jaxtyping import Int, Shaped
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from ..traced import is_traced, is_transformed
 
 
 def rows(x: Shaped[Tensor, "*b N d"], index: Int[Tensor, "..."]) -> Shaped[Tensor, "... d"]:
@@ -12,6 +15,15 @@ def rows(x: Shaped[Tensor, "*b N d"], index: Int[Tensor, "..."]) -> Shaped[Tenso
     """
     d = x.shape[-1]
     return x.reshape(-1, d).index_select(0, flat(index.flatten(x.ndim - 2), x.shape[-2])).reshape(*index.shape, d)
+
+
+def sums_of_rows(
+    x: Float[Tensor, "M d"], index: Int[Tensor, "N some"], weights: Float[Tensor, "N some"]
+) -> Float[Tensor, "N d"]:
+    """Σ_j weights[n, j] x[index[n, j]] for each n; but in graphs what is chosen is never side by side in memory."""
+    if is_traced() or is_transformed():  # which know no bags, or make a loop of them
+        return (weights[:, None] @ x[index])[:, 0]
+    return F.embedding_bag(index, x, per_sample_weights=weights, mode="sum")
 
 
 def with_rows(
