@@ -1,6 +1,6 @@
 """What a model that exists already says of itself: its parts, its images, and what it gives for one of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 import torch
@@ -59,6 +59,13 @@ def last_of(model: nn.Module, name: str) -> str:
     return name
 
 
+def holders(name: str) -> Iterator[str]:
+    """Names of the modules that hold ``name``, the nearest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def also_called(model: nn.Module, name: str) -> str | None:
     """Another name of the same module."""
     module, names = model.get_submodule(name), model.named_modules(remove_duplicate=False)
@@ -67,11 +74,18 @@ def also_called(model: nn.Module, name: str) -> str | None:
 
 def observe(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, list]:
     """What the named modules give, call by call, in eval mode; ValueError where the model does not take the image."""
-    outputs: dict[str, list] = {name: [] for name in names}
+    return {name: [output for *_, output in calls] for name, calls in observing(model, names, image).items()}
+
+
+def observing(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, list[tuple]]:
+    """What the named modules are called with and give, (args, kwargs, output) call by call, as `observe`."""
+    met: dict[str, list[tuple]] = {name: [] for name in names}
     was_training = {module: module.training for module in model.modules()}
     hooks = [
-        model.get_submodule(name).register_forward_hook(lambda module, args, output, calls=calls: calls.append(output))
-        for name, calls in outputs.items()
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, kwargs, output, calls=calls: calls.append((args, kwargs, output)), with_kwargs=True
+        )
+        for name, calls in met.items()
     ]
     try:
         with torch.no_grad():
@@ -87,19 +101,28 @@ def observe(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, 
             hook.remove()
         for module, training in was_training.items():
             module.training = training
-    return outputs
+    return met
 
 
 def shapes_of(model: nn.Module, names: Iterable[str], size: tuple[int, int, int]) -> dict[str, list]:
     """Shapes of what the named modules give, call by call, for zeros of (channels, height, width) = ``size``."""
     outputs = observe(model, names, torch.zeros(1, *size, **like(model)))
-    return {name: [tuple(getattr(output, "shape", ())) for output in calls] for name, calls in outputs.items()}
+    return {name: [tuple(getattr(given(output), "shape", ())) for output in calls] for name, calls in outputs.items()}
+
+
+def given(output):
+    """What a module gives: of a tuple that holds nothing else, as attention gives without its weights, the first."""
+    if isinstance(output, tuple) and output and not any(isinstance(other, Tensor) for other in output[1:]):
+        return output[0]
+    return output
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) of an image that the model takes; ValueError where it tells no channels."""
     told = tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size") or ())
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or told[1:] or (224, 224)
+    stated = getattr(model, "image_size", None) or getattr(getattr(model, "config", None), "image_size", None)
+    stated = (stated, stated) if isinstance(stated, int) else tuple(stated or ())  # torchvision, Hugging Face
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or told[1:] or stated or (224, 224)
     own = getattr(model, "in_chans", None)
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)  # of an image folded up?
     could = [own] if isinstance(own, int) else [n for n in dict.fromkeys((*told[:1], first)) if n]

@@ -3,34 +3,17 @@
 Every original parameter keeps its name, and the function stays the same bit for bit until the layer is trained.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from vision_attn import Gate, Grid, OnTokens, create_block, create_layer
+from vision_attn import Gate, OnTokens, create_block, create_layer
+from vision_attn.hooks import Behind
 from vision_attn.zoo import block_class, name_of
 
-from .grids import GridSource, carry, grid_source
+from .grids import grid_source
 from .hosts import input_size_of, last_of, options_within, resolve, stages
 from .places import places
-
-
-class Behind:
-    """Forward hook that sends a module's output through its own child ``name``."""
-
-    def __init__(self, name: str, channels_last: bool = False, source: GridSource | None = None):
-        self.name, self.channels_last, self.source = name, channels_last, source
-
-    def __call__(self, module: nn.Module, args, output: Tensor) -> Tensor:
-        layer = getattr(module, self.name)
-        if self.source is not None:
-            tokens, grid = self.source.with_grid(output)
-            out = layer(tokens, grid)
-            carry(out, grid)
-            return out
-        if self.channels_last:
-            return layer(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return layer(output)
 
 
 def insert(
@@ -40,6 +23,7 @@ def insert(
     *,
     init_gain: float = 0.0,
     input_size: tuple[int, int, int] | None = None,
+    grid: str | Callable[[Tensor], tuple[int, int]] | None = None,
     **options,
 ) -> nn.Module:
     """Adds ``block`` behind modules of ``model`` and returns the model.
@@ -56,6 +40,11 @@ def insert(
             read them.
         init_gain: 0 starts as identity, 1 as the block was published.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
+        grid: where the grid of a ViT's tokens comes from: the name of the module that gives the patches as a map
+            (B, C, height, width), or a function of the images (B, channels, H, W) that gives (height, width), at
+            the top of a module if the model is to be pickled. None: timm's patch embedding, or such a module where one
+            is seen (torchvision's ``conv_proj``, Hugging Face's ``embeddings.patch_embeddings.projection``). Prefix
+            tokens are those before the grid's.
         options: of the block, whose device and type are the model's.
 
     Raises:
@@ -75,21 +64,17 @@ def insert(
         if hasattr(model.get_submodule(name), child):
             raise ValueError(f"at={at!r}: {name} already has a {name_of(block)}")
     met = places(model, names, size)
-    maps = ", ".join(name for name, place in met.items() if len(place.shape) == 4)
+    tokens = {name: place.shape[1] for name, place in met.items() if len(place.shape) == 3}
+    try:
+        source = grid_source(model, tokens, grid, size) if tokens else None
+    except ValueError as error:
+        maps = ", ".join(name for name in met if name not in tokens)
+        raise ValueError(f"{error}; or try {maps}" if maps else str(error)) from error
     for name, (shape, channel_axis) in met.items():
         target = model.get_submodule(name)
-        if len(shape) == 3 and maps and not hasattr(model, "patch_embed"):
-            raise ValueError(f"at={name!r}: gives tokens, and no patch_embed tells their grid; try {maps}")
-        if len(shape) == 3:
-            source = grid_source(model)
-            grid = Grid(*model.patch_embed.dynamic_feat_size(size[1:]))
-            if shape[1] != source.num_prefix_tokens + grid.size:
-                raise ValueError(
-                    f"at={at!r}: {name} gives {shape[1]} tokens, but a block of this ViT must give "
-                    f"{source.num_prefix_tokens} + {grid.height}×{grid.width}"
-                )
-            layer = OnTokens(create_block(block, shape[-1], **options), init_gain)
+        if name in tokens:
             source.follow(target)
+            layer = OnTokens(create_block(block, shape[-1], **options), init_gain)
             ready.append((target, layer, Behind(child, source=source)))
         else:
             layer = create_layer(block, shape[channel_axis], init_gain=init_gain, **options)

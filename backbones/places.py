@@ -8,14 +8,24 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from .hosts import also_called, input_size_of, is_chain, last_of, like, listed_channels, observe, shapes_of, stages
+from .hosts import (
+    also_called,
+    holders,
+    input_size_of,
+    is_chain,
+    last_of,
+    like,
+    listed_channels,
+    observe,
+    shapes_of,
+    stages,
+)
 
 ITERATES = re.compile(r"\bself\.(children|named_children|_modules)\b")  # in a forward that runs all its children
 FUSE = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy")  # methods that merge norms into convolutions
@@ -37,13 +47,13 @@ def places(model: nn.Module, names: list[str], size: tuple[int, int, int] | None
     Raises:
         ValueError: a layer can't follow one of them; a place that works is named.
     """
-    size, every = size or input_size_of(model), list(dict.fromkeys([*names, *(h for n in names for h in _holders(n))]))
+    size, every = size or input_size_of(model), list(dict.fromkeys([*names, *(h for n in names for h in holders(n))]))
     shapes, owners = shapes_of(model, every, size), _owners(model)
     lost = _lost_when_fused(model, every, size)
     wrong = {name: _why_not(model, name, shapes[name], owners, name in lost) for name in every}
     for name in names:
         if wrong[name]:
-            better = next((holder for holder in _holders(name) if not wrong[holder]), None)
+            better = next((holder for holder in holders(name) if not wrong[holder]), None)
             raise ValueError(f"at={name!r}: {wrong[name]}; try {repr(better) if better else 'one behind or inside it'}")
     axes = _channel_axes(model, names, {name: shapes[name][0] for name in every if not wrong[name]}, size)
     for name in names:
@@ -54,13 +64,6 @@ def places(model: nn.Module, names: list[str], size: tuple[int, int, int] | None
                 f"be the channels of a feature map; try {listed}"
             )
     return {name: Place(shapes[name][0], axes[name]) for name in names}
-
-
-def _holders(name: str) -> Iterator[str]:
-    """Names of the modules that hold ``name``, the nearest first."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _owners(model: nn.Module) -> dict[nn.Module, str]:
@@ -79,7 +82,7 @@ def _why_not(model: nn.Module, name: str, shapes: list, owners: dict[nn.Module, 
     other = also_called(model, name)
     if other:
         return f"is also {other}, and a layer would act behind both"
-    for part in (name, *_holders(name)):
+    for part in (name, *holders(name)):
         if model.get_submodule(part) in owners:
             kind = owners[model.get_submodule(part)]
             return f"all objects of class {kind} share {part}, and a layer would act in other models too"
@@ -135,7 +138,7 @@ def _channel_axes(model: nn.Module, names: list[str], shapes: dict, size: tuple[
     if turned is None:  # takes one size only
         usual = {"NCHW": 1, "NHWC": 3}.get(getattr(model, "output_fmt", None))
         axes |= {name: usual for name in unclear if usual in fits[name]}
-        around = {name: [h for h in _holders(name) if h in axes and shapes[h] == shapes[name]] for name in unclear}
+        around = {name: [h for h in holders(name) if h in axes and shapes[h] == shapes[name]] for name in unclear}
         turned = {name: axes[holders[0]] for name, holders in around.items() if holders}
     return axes | turned
 
@@ -171,7 +174,7 @@ def _is_map(shape: tuple[int, ...], axis: int, channels: int | None, size: tuple
 def _lost_when_fused(model: nn.Module, names: list[str], size: tuple[int, int, int]) -> set[str]:
     """Of ``names``, those that go, or give something else, when the model merges its norms into its convolutions."""
     merged = [n for n in names if isinstance(model.get_submodule(n), (nn.modules.conv._ConvNd, NORMS))]
-    lost = {n for n in merged if any(_has(model.get_submodule(holder), FUSED_FORWARD) for holder in _holders(n))}
+    lost = {n for n in merged if any(_has(model.get_submodule(holder), FUSED_FORWARD) for holder in holders(n))}
     if like(model)["device"].type == "meta" or not any(_has(module, FUSE) for module in model.modules()):
         return lost
     plain, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
@@ -190,7 +193,7 @@ def _lost_when_fused(model: nn.Module, names: list[str], size: tuple[int, int, i
         was, now = observe(plain, same, image), observe(fused, same, image)
     except Exception:  # whatever the host raises: nobody fuses it as it is
         return lost
-    kept = {name for name in same if len(was[name]) == len(now[name]) and all(map(_close, was[name], now[name]))}
+    kept = {name for name in same if len(was[name]) == len(now[name]) and all(map(close, was[name], now[name]))}
     return lost | (set(names) - kept)
 
 
@@ -207,7 +210,7 @@ def _fuse(model: nn.Module) -> nn.Module:
     return reparameterize_model(model, inplace=True)
 
 
-def _close(a, b) -> bool:
+def close(a, b) -> bool:
     """Whether two outputs are equal but for rounding; what is no tensor of such numbers is not compared."""
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in (a, b)):
         return True
