@@ -154,7 +154,10 @@ class JoinedViT(nn.Module):
         self.encoder = Encoder(depth, dim=48, heads=3, bias=bias, dropout=dropout, in_tuple=in_tuple)
         self.layernorm = nn.LayerNorm(48)
         self.classifier = nn.Linear(48, 7)
-        self.run = lambda layer, x: layer(x)
+
+    @staticmethod
+    def run(layer, x):
+        return layer(x)
 
     def forward(self, pixel_values, interpolate_pos_encoding=False):
         x = self.embeddings(pixel_values, interpolate_pos_encoding)
