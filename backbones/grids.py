@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vision_attn import Grid
 from vision_attn.hooks import GridSource, one_size, source_at
 
-from .hosts import holders, like, observe
+from .hosts import given, holders, like, observe
 
 
 def grid_source(
@@ -60,6 +60,14 @@ def embeddings(model: nn.Module) -> list[str]:
     """Names of timm's patch embeddings, which tell the grid."""
     parts = model.named_modules()
     return [name for name, part in parts if name.endswith("patch_embed") and hasattr(part, "dynamic_feat_size")]
+
+
+def is_told(model: nn.Module, tokens: dict[str, int], size: tuple[int, int, int]) -> bool:
+    """Whether the grid of the tokens, of which there are so many at the named places, is said or seen."""
+    try:
+        return bool(embeddings(model) or _seen(model, tokens, None, size))
+    except ValueError:
+        return False
 
 
 def _new_source(model: nn.Module, tokens: dict, grid, size) -> GridSource:
@@ -145,8 +153,12 @@ def _become_tokens(model: nn.Module, name: str, grid: Grid, at: str, count: int,
             far = (tokens[:-1] - tokens[-1:]).abs().amax(dim=2) > 1e-3 * tokens.abs().max()
             seen.append([row.nonzero().flatten().tolist() for row in far])
 
+    def end(module, args, output):
+        look(module, (given(output),))
+        over.append(True)
+
     hooks = [part.register_forward_pre_hook(look) for part in model.modules()]
-    hooks.append(model.get_submodule(at).register_forward_hook(lambda *_: over.append(True)))
+    hooks.append(model.get_submodule(at).register_forward_hook(end))
     hooks.append(model.get_submodule(name).register_forward_hook(change))
     _run(model, len(corners) + 1, size, hooks)
     return wanted in seen

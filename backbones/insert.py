@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from vision_attn import Gate, OnTokens, create_block, create_layer
 from vision_attn.hooks import Behind
-from vision_attn.zoo import block_class, name_of
+from vision_attn.zoo import block_class, name_of, taken_apart
 
 from .grids import grid_source
-from .hosts import input_size_of, last_of, options_within, resolve, stages
-from .places import places
+from .hosts import input_size_of, last_of, options_within, refuse_wrapped, resolve, stages
+from .places import offers, places
 
 
 def insert(
@@ -33,11 +33,12 @@ def insert(
     on zeros, in eval mode, to learn the shapes: once where it lists its stages, else on wide and tall images too.
 
     Args:
-        block: one of `vision_attn.list_blocks`, or a class of blocks.
+        block: one of `vision_attn.list_blocks`, a class of blocks, or one of layers (`vision_attn.layer`).
         at: names of modules, with wildcards that do not cross dots ("layer3.*"), or several; None: after every
-            stage of a convolutional network that timm lists in ``feature_info``, every block of a ViT. A gate leaves
-            out the last of several blocks where a class token is read: it changes patch tokens, and nothing would
-            read them.
+            stage of a convolutional network that timm lists in ``feature_info``, every block of a ViT, also where
+            such a network is part of the model. A gate leaves out the last of several blocks where a class token is
+            read: it changes patch tokens, and nothing would read them. What a wildcard matches that gives neither a
+            map nor tokens, as a head that gives a list, is passed over; a name in full is not.
         init_gain: 0 starts as identity, 1 as the block was published.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
         grid: where the grid of a ViT's tokens comes from: the name of the module that gives the patches as a map
@@ -48,22 +49,31 @@ def insert(
         options: of the block, whose device and type are the model's.
 
     Raises:
-        ValueError: ``at`` matches nothing (what could match is listed) or a place where no layer can be (one that works
-            is named): its output is neither a feature map nor tokens, or its channels can't be told; it is used in
-            several places, runs all its children, or goes when the model is fused. A block of this name is already
-            there; an option is out of range; the model takes no image of ``input_size``.
+        ValueError: ``at`` matches nothing (what could match is listed: the stages, or, where the model lists none, what
+            is seen to give maps or tokens) or a place where no layer can be (one that works is named): its output is
+            neither a feature map nor tokens, or its channels can't be told; it is used in several places, runs all
+            its children, or goes when the model is fused. The grid of a place's tokens is not found. A block of this
+            name is already there; an option is out of range; the model takes no image of ``input_size``; it is
+            compiled, or wrapped for several processes.
     """
+    refuse_wrapped(model)
+    block, options = taken_apart(block, options)
+    init_gain = options.pop("init_gain", init_gain)
     could = stages(model)
-    if at is None and issubclass(block_class(block), Gate) and getattr(model, "global_pool", None) == "token":
+    reads_class_token = any(getattr(part, "global_pool", None) == "token" for part in model.modules())
+    if at is None and issubclass(block_class(block), Gate) and reads_class_token:
         could = could[:-1] or could
-    found = resolve(model, at, could, dict(model.named_modules(remove_duplicate=False)))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    at = at if at is None or isinstance(at, str) else list(at)
+    found = resolve(model, at, could, modules, offers=lambda: offers(model, input_size))
     names = list(dict.fromkeys(last_of(model, name) for name in found))  # "layer3" and "layer3.1" may be the same place
     size = input_size or input_size_of(model)
     child, ready, options = f"attn_{name_of(block)}", [], options_within(model, options)
     for name in names:
         if hasattr(model.get_submodule(name), child):
             raise ValueError(f"at={at!r}: {name} already has a {name_of(block)}")
-    met = places(model, names, size)
+    in_full = {last_of(model, name) for name in found if name in ([at] if isinstance(at, str) else at or could)}
+    met = places(model, names, size, passed_over=set(names) - in_full)
     tokens = {name: place.shape[1] for name, place in met.items() if len(place.shape) == 3}
     try:
         source = grid_source(model, tokens, grid, size) if tokens else None

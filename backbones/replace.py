@@ -21,10 +21,21 @@ from torch import Tensor, nn
 
 from vision_attn import Grid, Mixer, create_block, create_layer
 from vision_attn.hooks import InTuple
-from vision_attn.zoo import block_class, name_of
+from vision_attn.zoo import block_class, name_of, taken_apart
 
 from .grids import embeddings, grid_source
-from .hosts import also_called, given, holders, input_size_of, like, observing, options_within, resolve, shapes_of
+from .hosts import (
+    also_called,
+    given,
+    holders,
+    input_size_of,
+    like,
+    observing,
+    options_within,
+    refuse_wrapped,
+    resolve,
+    shapes_of,
+)
 from .places import close
 from .self_attention import OF_TIMM, SelfAttention, read
 
@@ -73,7 +84,7 @@ def replace(
     noise in eval mode. Squeeze-and-excite layers of convolutional networks give way to any block as a layer.
 
     Args:
-        block: one of `vision_attn.list_blocks`, or a class of blocks.
+        block: one of `vision_attn.list_blocks`, a class of blocks, or one of layers (`vision_attn.layer`).
         at: names, with wildcards that do not cross dots, of attention modules or of modules that hold them
             ("blocks.*.attn", "blocks.[6-9]"), or several; None: all.
         input_size: (channels, height, width) of an image the model takes; None: what the model says.
@@ -91,6 +102,8 @@ def replace(
             that is not timm's is not called, gives something else than the softmax of its projections, takes a mask, or
             keys of other tokens; the grid of its tokens is not found.
     """
+    refuse_wrapped(model)
+    block, options = taken_apart(block, options)
     tokens = {name: parts for name, module in model.named_modules() if (parts := read(module))}
     able = {n: m for n, m in model.named_modules() if n in tokens or isinstance(m, MAP_ATTENTION)}
     if not able:
