@@ -35,6 +35,7 @@ ITERATES = re.compile(r"\bself\.(children|named_children|_modules)\b")  # in a f
 FUSE = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy")  # methods that merge norms into convolutions
 FUSED_FORWARD = ("forward_fuse", "fuseforward")  # what is run when a YOLO network has merged the norm of this part
 NORMS = nn.modules.batchnorm._NormBase
+MOST = 12  # places that are offered
 NOT_CALLED = "is not called when the model runs"
 NO_MAP = "gives neither a feature map (B, C, H, W) nor tokens (B, N, C)"
 MAPS = {(0, 0, 1, -1): 1, (0, 1, -1, 0): 3}  # how axes change from a wide image to a tall one: which one is channels
@@ -107,7 +108,8 @@ def offers(model: nn.Module, size: tuple[int, int, int] | None = None) -> list[s
     for pattern, names in alike.items():
         hit = {name for name in ends if matches(pattern, name, inside=False)}
         found += names if len(names) == 1 or hit - right - look.nothing else [pattern]
-    return sorted(found, key=lambda name: name.count("."))
+    found.sort(key=lambda name: name.count("."))
+    return [*found[:MOST], f"and {len(found) - MOST} deeper inside"] if len(found) > MOST else found
 
 
 def look_at(model: nn.Module, every: list[str], size: tuple[int, int, int], names: list[str]) -> Look:

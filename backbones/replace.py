@@ -50,7 +50,7 @@ MAP_ATTENTION = (
     GlobalContext,
     CbamModule,
 )
-CALLED_SO = re.compile("attention|attn|psa", re.IGNORECASE)  # how networks name attention, of whatever kind
+CALLED_SO = re.compile("Attention|Attn|PSA")  # how networks name attention, of whatever kind
 
 
 class Report(NamedTuple):

@@ -1,4 +1,4 @@
-"""`backbones.insert` without ``at``: behind the stages of a timm model anywhere in the host, or it says where it could."""
+"""`backbones.insert` without ``at``: it goes behind the stages of a timm model in the host, or says where it could."""
 
 import copy
 import re
