@@ -8,6 +8,8 @@ from timm.layers import Attention
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
+from vision_attn import Mixer
+
 # Names of the layers that give queries, keys and values (one, or three), and of the one behind the mixed values
 LAYOUTS = (
     (("qkv",), "proj"),  # timm, DINOv2
@@ -34,11 +36,11 @@ class SelfAttention(NamedTuple):
 
 @torch.no_grad()
 def read(module: nn.Module) -> SelfAttention | None:
-    """What a module is to a mixer; None if it is no self-attention, or of a kind that is not known.
+    """What a module is to a mixer; None if it is no self-attention, of a kind that is not known, or a mixer itself.
 
     Of kinds that are not timm's every parameter must have its place in a mixer.
     """
-    parts = _of_torch(module) or _of_layers(module)
+    parts = None if isinstance(module, Mixer) else _of_torch(module) or _of_layers(module)
     return parts if parts and (isinstance(module, OF_TIMM) or _is_whole(module, parts)) else None
 
 

@@ -11,9 +11,9 @@ network came from, and copies what has the same name: without a word the blocks 
 the new network, before weights are copied. Training, validation, prediction, saved files, export and a later training
 with the same trainer have them.
 
-A saved file holds the network itself: to load it, ``vision_attn`` must be installed, and nothing else of this project. On
-a machine without it there is a ModuleNotFoundError of that name, and ultralytics offers to install a package of that
-name: set ``YOLO_AUTOINSTALL=false``.
+A saved file holds the network itself: to load it, ``vision_attn`` must be installed, and nothing else of this project.
+Where it is not, there is a ModuleNotFoundError of that name, unless ultralytics installs what the package registry has
+under it: it tries to, if ``YOLO_AUTOINSTALL`` is not set to false.
 
 ultralytics is licensed under AGPL-3.0. It is no dependency, and imported only where `trainer` is called.
 """
@@ -32,8 +32,8 @@ def trainer(block: str | type, at: str | Iterable[str], *, base: type | None = N
     ``class WithCbam(trainer("cbam", at="model.[4-9]")): pass``.
 
     Args:
-        block, at: as for `backbones.insert`. Rows are called "model.0", "model.1", …; the head gives no map, so "model.*"
-            is all rows but it. "model.10.m.0.attn" is the attention that YOLO11 has.
+        block, at: as for `backbones.insert`. Rows are called "model.0", "model.1", …; the head gives no map, so
+            "model.*" is all rows but it. "model.10.m.0.attn" is the attention that YOLO11 has.
         base: the trainer of another task, for example SegmentationTrainer; None: DetectionTrainer.
         options: of `backbones.insert` and of the block.
 

@@ -99,10 +99,12 @@ def test_blocks_take_turns_in_one_model(host):
     model, x = made(host), images(*OWN)
     wanted = answer(model, x)
     backbones.insert(model, GATES[0], HOSTS[host][1])
-    backbones.replace(model, "dense")
+    backbones.insert(model, "dense", HOSTS[host][1])
+    report = backbones.replace(model, "dense")  # the host's own attention, not what was inserted
+    assert {name.partition(".qkv")[0] for name in report.copied if "qkv" in name} == set(attentions(model, host))
     backbones.insert(model, MIXERS[0], HOSTS[host][1])
     close(answer(model, x), wanted)
-    assert len(layers(model)) == 4
+    assert len(layers(model)) == 6
     hooks = [hook for part in model.modules() for hook in part._forward_hooks.values()]
     assert [getattr(hook, "__name__", None) for hook in hooks].count("record") == 1  # one source of grids
 
