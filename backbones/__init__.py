@@ -1,6 +1,7 @@
 """Attention in timm backbones. Importing this package registers the named models with timm."""
 
 from . import cifar_resnet, attn_resnet, attn_vit  # isort: skip: the stock models come first
+from .any_size import any_size
 from .authors import load_authors
 from .export import ExportError, export_onnx
 from .insert import insert
@@ -15,6 +16,7 @@ __all__ = [
     "Report",
     "ReversibleViT",
     "TwoStreamPixelTransformer",
+    "any_size",
     "attention_maps",
     "attn_resnet",
     "attn_vit",
