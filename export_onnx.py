@@ -56,7 +56,7 @@ def export(
     if checkpoint is not None:
         saved = load(checkpoint)
         check_classifier(checkpoint, saved)
-        network = restore_model(checkpoint, saved, model_args)
+        network = restore_model(checkpoint, saved, backbones, model_args)
         image_size = image_size or tuple(saved["data"]["input_size"][1:])
         metadata = {key: value for key, value in saved["data"].items() if key != "input_size"}
     else:

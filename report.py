@@ -50,7 +50,7 @@ def report(run: str, path: str | None = None, dir: str | None = None, count: int
 
 
 def add_classifier(page: Page, path: Path, dir: str | None, count: int):
-    trained = open_trained(path, dir)
+    trained = open_trained(path, backbones, dir)
     probabilities, targets = trained.answers()
     add_answers(page, probabilities, targets, trained.classes)
     sureness, guesses = probabilities.max(dim=1)

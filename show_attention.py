@@ -27,7 +27,7 @@ def show(path: str, checkpoint: str, count: int = 10, at: str = "*", dir: str | 
     """
     if count < 1:
         raise ValueError(f"count={count}: must be 1 or more")
-    trained = open_trained(checkpoint, dir)
+    trained = open_trained(checkpoint, backbones, dir)
     images = trained.images
     few = min(len(images), 8 * count)
     tried = [i * len(images) // few for i in range(few)]

@@ -15,14 +15,14 @@ step, saved. Exit code 0: done, or stopped; 1: the loss was not finite, or top-1
 
 import sys
 
-import backbones  # noqa: F401  registers the named models
+import backbones  # registers the named models
 from training import run
 from training.classification import Classification
 from training.config import Config
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run.main(Classification, Config, __doc__, argv)
+    return run.main(Classification, Config, __doc__, argv, backbones)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ per dimension stayed above target_bits; 2: bad input, with one line that says wh
 
 import sys
 
-import backbones  # noqa: F401  registers the named models
+import backbones  # registers the named models
 from training import run
 from training.pixels import PixelConfig, Pixels
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run.main(Pixels, PixelConfig, __doc__, argv)
+    return run.main(Pixels, PixelConfig, __doc__, argv, backbones)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vision_attn import Gate, Grid, OnTokens, create_block, create_layer
 from vision_attn.zoo import block_class, name_of
 
+from .added import spare_tables
 from .grids import GridSource, carry, grid_source
 from .hosts import input_size_of, last_of, options_within, resolve, stages
 from .places import places
@@ -97,4 +98,4 @@ def insert(
     for target, layer, behind in ready:  # all of them or, where one can't be made, none
         target.add_module(child, layer.train(model.training))
         target.register_forward_hook(behind)
-    return model
+    return spare_tables(model)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vision_attn import Mixer, create_block, create_layer
 from vision_attn.zoo import block_class, name_of
 
+from .added import spare_tables
 from .grids import grid_source
 from .hosts import also_called, input_size_of, options_within, resolve, shapes_of
 
@@ -101,6 +102,7 @@ def replace(
         model.set_submodule(name, new.train(model.training))
         fresh = [key for key in new.state_dict() if key not in copied]
         done.append([[f"{name}.{key}" for key in keys] for keys in (copied, fresh, unused)])
+    spare_tables(model)
     report = Report(model, *(tuple(sum(part, [])) for part in zip(*done)))
     _logger.info("replaced %d attentions by %s\n%s", len(names), block, report)
     return report

@@ -12,7 +12,7 @@ from PIL import Image
 from scripts import PIXELS, load, options
 from torchvision.transforms import functional as TF
 
-import backbones  # noqa: F401  registers the named models
+import backbones
 from training import checkpoint
 from training.datasets import Digits
 from training.report import mistakes, varied
@@ -36,6 +36,8 @@ def trained(tmp_path):
         tmp_path / "best.pt",
         model="cifar_resnet20_cbam",
         model_args=args,
+        insert=None,
+        imports=[],
         state_dict=model.state_dict(),
         ema=None,
         optimizer={},
@@ -119,7 +121,7 @@ def test_a_report_has_everything_in_one_file(trained, tmp_path, capsys):
     targets = torch.tensor(Digits(train=False).targets)
     with torch.no_grad():
         expected = model((images - 0.5) / 0.25).softmax(dim=1)
-    probabilities, labels = open_trained(path).answers()
+    probabilities, labels = open_trained(path, backbones).answers()
     assert torch.equal(labels, targets) and torch.allclose(probabilities, expected, atol=1e-5)
     right = (expected.argmax(1) == targets).sum().item()
     assert f"{right} of 360 right" in page
@@ -153,7 +155,7 @@ def test_the_exported_classifier_is_as_accurate(tmp_path):
     run += options(batch_size=64, model__args='{"attn_at": "layer3.2"}')
     assert load("train_imagenet").main(run) == 0
     best = tmp_path / "run" / "best.pt"
-    probabilities, targets = (trained := open_trained(best)).answers()
+    probabilities, targets = (trained := open_trained(best, backbones)).answers()
     images = trained.normalised(trained.pixels(range(len(targets)))).numpy()
     right = {}
     for precision in ("fp32", "int8"):

@@ -2,6 +2,8 @@
 
 model         timm name
 model_args    arguments of timm.create_model, num_classes and in_chans among them
+insert        what was added to that model, {block, at, options}: see backbones.insert; or None
+imports       modules to import before it is made, by name
 state_dict    the weights
 ema           their moving average, or None; where there is one, it is what `metrics` were measured on
 optimizer     state of the optimizer
@@ -15,7 +17,7 @@ versions      of python, torch, torchvision, timm; and threads and processes, wh
 
     ckpt = checkpoint.load("best.pt")
     model = timm.create_model(ckpt["model"], **ckpt["model_args"])
-    model.load_state_dict(ckpt["ema"] or ckpt["state_dict"])
+    model.load_state_dict(ckpt["ema"] or ckpt["state_dict"])      # of one without `insert`
 
 Which files a run leaves is in folder.py.
 """
@@ -36,6 +38,8 @@ import torchvision
 KEYS = (
     "model",
     "model_args",
+    "insert",
+    "imports",
     "state_dict",
     "ema",
     "optimizer",
@@ -48,6 +52,7 @@ KEYS = (
     "config",
     "versions",
 )
+LATER = {"insert": None, "imports": []}  # what was not always written, and what it was
 
 
 def versions(processes: int = 1) -> dict[str, str | int]:
@@ -141,15 +146,28 @@ def load(path: str | Path) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, from EOFError to RuntimeError
         raise ValueError(f"checkpoint {path} is damaged or not a checkpoint ({type(error).__name__})") from error
-    missing = [key for key in KEYS if not isinstance(contents, dict) or key not in contents]
+    missing = [key for key in KEYS if not isinstance(contents, dict) or key not in {**LATER, **contents}]
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
-    return contents
+    return LATER | contents
 
 
 def steps(folder: str | Path) -> list[Path]:
     """The checkpoints `step-N.pt` of a run, newest first."""
     return sorted(Path(folder).glob("step-*.pt"), key=step_of, reverse=True)
+
+
+def all_in(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, newest first; those named last and best come last."""
+    return steps(folder) + [path for path in (Path(folder, "last.pt"), Path(folder, "best.pt")) if path.is_file()]
+
+
+def config_of(path: Path) -> dict | None:
+    """The configuration in a checkpoint, without a look at its weights or its hash; None if it can't be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
+    except Exception:  # `load` says what is wrong with it
+        return None
 
 
 def step_of(path: Path) -> int:
@@ -163,7 +181,7 @@ def newest(folder: str | Path) -> Path | None:
     Raises:
         ValueError: if there are checkpoints and none is good.
     """
-    found = steps(folder) + [path for path in (Path(folder, "last.pt"), Path(folder, "best.pt")) if path.is_file()]
+    found = all_in(folder)
     for path in found:
         try:
             load(path)

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
+from training.command import Parser, spelled_out
 
 SOURCES = {  # what says where their images are
     "digits": (),
@@ -19,6 +19,7 @@ SOURCES = {  # what says where their images are
     "hfds": ("dir", "train_split", "val_split", "input_key", "target_key"),
     "wds": ("dir", "train_split", "val_split", "input_key", "target_key", "num_classes"),
 }
+ONCE = ("resume", "eval", "eval_first", "dry_run", "overwrite")  # what a run that goes on does not take from before
 
 
 def check(name: str, value, ok: bool, allowed: str):
@@ -46,11 +47,32 @@ class ModelConfig:
         name: any name timm.create_model knows.
         args: further arguments of timm.create_model, such as drop_path_rate or in_chans (1 or 3).
         pretrained: start from the published weights of that name.
+        insert: name of a block to add to it, as layers that change nothing until they are trained; see
+            `python -m vision_attn list`.
+        at: where: names of its modules, with wildcards, such as 'layer3.*'; null: after every stage, or ViT block.
+        attn_args: options of that block.
     """
 
     name: str = "cifar_resnet20_cbam"
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    insert: str | None = None
+    at: str | list[str] | None = None
+    attn_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("at", "attn_args"):
+            value = getattr(self, name)
+            check(f"model.{name}", value, self.insert or not value, "left out without model.insert")
+
+    @property
+    def inserted(self) -> dict | None:
+        """What is added to the model, as a checkpoint has it."""
+        return {"block": self.insert, "at": self.at, "options": self.attn_args} if self.insert else None
+
+    @property
+    def title(self) -> str:
+        return self.name + (f" + {self.insert}" if self.insert else "")
 
 
 @dataclass
@@ -146,13 +168,18 @@ class OptimConfig:
         name: any optimizer timm knows; sgd has Nesterov momentum, momentum is without.
         lr: the peak, for the whole batch.
         momentum: for optimizers that have one.
-        weight_decay: not applied to biases, norms and other 1-D parameters.
+        weight_decay: not applied to biases, norms and other 1-D parameters, nor to what a model names in
+            no_weight_decay, as class tokens, and the learned tokens and tables of blocks.
         args: further arguments of the optimizer, such as betas.
         warmup_epochs: length of the warm-up; counts as part of epochs.
         min_lr: the end of the cosine.
         accumulate: forward passes each batch is split into; changes memory, not the gradient.
         clip_grad: largest gradient norm; null does not clip.
         ema: decay of the moving average of the weights, which is then what is evaluated; null keeps none.
+        only: train these parameters alone, by name, with wildcards that cross dots, such as '*attn_*'; the rest is
+            frozen, its BatchNorm in evaluation mode; null trains all.
+        new_lr_scale: factor on lr for the parameters that blocks brought to the model.
+        layer_decay: factor on lr from each layer to the one before it, layers as timm groups them.
     """
 
     name: str = "sgd"
@@ -165,8 +192,15 @@ class OptimConfig:
     accumulate: int = 1
     clip_grad: float | None = None
     ema: float | None = None
+    only: str | list[str] | None = None
+    new_lr_scale: float | None = None
+    layer_decay: float | None = None
 
     def __post_init__(self):
+        scale, decay = self.new_lr_scale, self.layer_decay
+        check("optim.new_lr_scale", scale, scale is None or scale > 0, "positive")
+        check("optim.layer_decay", decay, decay is None or 0 < decay <= 1, "in (0, 1]")
+        check("optim.only", self.only, self.only is None or self.only, "null, or name what is trained")
         check("optim.lr", self.lr, self.lr > 0, "positive")
         check("optim.min_lr", self.min_lr, 0 <= self.min_lr <= self.lr, "in 0..optim.lr")
         check("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
@@ -182,6 +216,7 @@ class RunConfig:
 
     Args:
         model: the network.
+        imports: modules of your own to import first, by name: what they register gets its names.
         optim: optimizer and schedule.
         epochs: passes over the training images.
         batch_size: images of one optimizer step, over all processes.
@@ -206,6 +241,7 @@ class RunConfig:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    imports: list[str] = field(default_factory=list)
     optim: OptimConfig = field(default_factory=OptimConfig)
     epochs: int = 10
     batch_size: int = 128
@@ -268,7 +304,32 @@ class Config(RunConfig):
             check("batch_size", self.batch_size, self.batch_size % (2 * passes) == 0, allowed)
 
 
-def parse(description: str, argv: list[str] | None = None, kind: type = Config, saved: dict | None = None):
+@dataclass
+class Asked:
+    """What the command line, or a --config FILE in it, gives of these options; None what it does not give."""
+
+    eval: str | None
+    resume: str | None
+    output: str | None
+
+
+def asked(description: str, argv: list[str] | None = None, kind: type = Config) -> Asked:
+    """Which checkpoint the command line `argv` is about; exits as `parse` does."""
+    parser, words = _parser(description, argv, kind)
+    given = parser.parse_args(words, defaults=False)
+    path = {name: given.get(name) and os.path.expanduser(given.get(name)) for name in ("eval", "resume", "output")}
+    if path["resume"] or given.get("dry_run"):  # beside which parse refuses eval
+        path["eval"] = None
+    return Asked(**path)
+
+
+def parse(
+    description: str,
+    argv: list[str] | None = None,
+    kind: type = Config,
+    saved: dict | None = None,
+    goes_on: dict | None = None,
+):
     """The `kind` of the command line `argv` (default: this process's), on top of any --config FILE in it.
 
     Options may be written with - for _, and those that are true or false without a value.
@@ -276,14 +337,19 @@ def parse(description: str, argv: list[str] | None = None, kind: type = Config, 
 
     Args:
         saved: the checkpoint to evaluate, whose model and images are taken where nothing else is given.
+        goes_on: the configuration of a run to go on with, taken where nothing else is given.
     """
     parser, words = _parser(description, argv, kind)
     if saved:
-        parser.set_defaults({"model.name": saved["model"]})
+        given, added = parser.parse_args(words, defaults=False), saved["insert"] or {}
+        parser.set_defaults({"model.name": saved["model"], "imports": saved["imports"]})
+        parser.set_defaults({"model.insert": added.get("block"), "model.at": added.get("at")})
         source = source_of(saved)
-        if parser.parse_args(words, defaults=False).get("data.name", source["name"]) == source["name"]:
+        if given.get("data.name", source["name"]) == source["name"]:
             options = {f"data.{name}": value for name, value in source.items()}
             parser.set_defaults({name: value for name, value in options.items() if name in parser.get_defaults()})
+    if goes_on:
+        parser.set_defaults({name: value for name, value in _flat(goes_on, dict(_types(kind))) if name not in ONCE})
     namespace = parser.parse_args(words)
     try:
         values = parser.instantiate(namespace)
@@ -293,13 +359,13 @@ def parse(description: str, argv: list[str] | None = None, kind: type = Config, 
         sys.exit(_exit_line(error))
 
 
-def file_to_evaluate(description: str, argv: list[str] | None = None, kind: type = Config) -> str | None:
-    """What the command line, or a --config FILE in it, gives as eval."""
-    parser, words = _parser(description, argv, kind)
-    given = parser.parse_args(words, defaults=False)
-    if given.get("resume") or given.get("dry_run"):  # beside which parse refuses eval
-        return None
-    return given.get("eval") and os.path.expanduser(given.get("eval"))
+def _flat(config: dict, options: dict[str, type], prefix: str = ""):
+    """Options and their values; of `config` only what is one of `options`."""
+    for name, value in config.items():
+        if prefix + name in options:
+            yield prefix + name, value
+        elif isinstance(value, dict):
+            yield from _flat(value, options, f"{prefix}{name}.")
 
 
 def source_of(saved: dict) -> dict:
@@ -309,34 +375,21 @@ def source_of(saved: dict) -> dict:
     return {name: data[name] for name in ("name", *uses) if name in data}
 
 
-def _parser(description: str, argv: list[str] | None, kind: type) -> tuple[ArgumentParser, list[str]]:
-    parser = ArgumentParser(description=description, allow_abbrev=False)
+def _parser(description: str, argv: list[str] | None, kind: type) -> tuple[Parser, list[str]]:
+    parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
     parser.add_class_arguments(kind)
     parser.set_defaults({"data.name": None})  # of a DataConfig without arguments, which has chosen already
-    return parser, _spelled_out(sys.argv[1:] if argv is None else argv, kind)
+    return parser, spelled_out(sys.argv[1:] if argv is None else argv, dict(_types(kind)))
 
 
-def _spelled_out(argv: list[str], kind: type) -> list[str]:
-    """`argv` with _ for - in the names of options, and `true` after a switch without a value."""
-    switches = set(_switches(kind))
-    words = []
-    for word, following in zip(argv, [*argv[1:], "--"]):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            word = "--" + name[2:].replace("-", "_") + equals + value
-        words.append(word)
-        if word in switches and following.startswith("--"):
-            words.append("true")
-    return words
-
-
-def _switches(kind: type, prefix: str = "--"):
+def _types(kind: type, prefix: str = ""):
+    """Names of options and their types."""
     for one in fields(kind):
-        if one.type is bool:
-            yield prefix + one.name
-        elif is_dataclass(one.type):
-            yield from _switches(one.type, f"{prefix}{one.name}.")
+        if is_dataclass(one.type):
+            yield from _types(one.type, f"{prefix}{one.name}.")
+        else:
+            yield prefix + one.name, one.type
 
 
 def _exit_line(error: Exception) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -37,13 +37,15 @@ class Objective(nn.Module):
 
 @dataclass
 class State:
-    """What training changes. `objective` is the model with its loss; `step` counts optimizer steps of the whole run."""
+    """What training changes. `objective` is the model with its loss; `frozen` are parts of it that stay in evaluation
+    mode; `step` counts optimizer steps of the whole run."""
 
     model: nn.Module
     objective: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     ema: ModelEmaV3 | None = None
+    frozen: list[nn.Module] = field(default_factory=list)
     step: int = 0
 
     @property
@@ -53,8 +55,9 @@ class State:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step to come."""
-        return self.optimizer.param_groups[0]["lr"]
+        """Learning rate of the step to come, before factors of single groups."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
 
 
 class NotFinite(FloatingPointError):
@@ -96,6 +99,8 @@ def steps(
     """
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     state.objective.train()
+    for module in state.frozen:
+        module.eval()
     for number, (images, targets, new_faults) in enumerate(batches.epoch(epoch, start * accumulate)):
         pass_ = number % accumulate
         if pass_ == 0:

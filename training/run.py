@@ -16,14 +16,14 @@ from torch import nn
 from tqdm import tqdm
 
 from training import checkpoint, distributed
-from training.config import RunConfig, file_to_evaluate, parse
+from training.config import Asked, RunConfig, asked, parse
 from training.distributed import Processes, load_optimizer, load_weights, whole
 from training.engine import NotFinite, Step, hidden, mean_over, steps
 from training.estimate import duration, estimate
 from training.folder import Folder
 from training.loader import BadImages, Batches, Samples, StreamSamples
 from training.seeding import seed_all
-from training.setup import create_model, create_state, find_device, first_line, restore_model
+from training.setup import Blocks, create_model, create_state, find_device, first_line, import_modules, restore_model
 from training.shards import Shards
 from training.signals import Stop
 from training.task import Task
@@ -31,20 +31,25 @@ from training.task import Task
 NOTHING_DONE = {"steps": 0, "loss": 0.0, "bad": 0}  # of an epoch: steps, the sum of their losses, unreadable images
 
 
-def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | None = None) -> int:
-    """Run what the command line `argv` says; returns the exit code."""
+def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | None, blocks: Blocks) -> int:
+    """Run what the command line `argv` says; returns the exit code.
+
+    Args:
+        blocks: the package that adds blocks to models.
+    """
     stop = Stop()
     try:
         saved, title = None, doc.splitlines()[0]
-        if path := file_to_evaluate(title, argv, kind):
+        about = asked(title, argv, kind)
+        if about.eval:
             try:
-                saved = checkpoint.load(path)
+                saved = checkpoint.load(about.eval)
             except (ValueError, OSError) as error:
                 return _refuse(error)
-        config = parse(title, argv, kind, saved)
+        config = parse(title, argv, kind, saved, _goes_on(about))
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        code = _main(task, config, stop, saved)
+        code = _main(task, config, stop, saved, blocks)
         if code == 0:  # else other processes may not be there to wait for
             distributed.stop()
         return code
@@ -52,10 +57,12 @@ def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | No
         stop.restore()
 
 
-def _main(task: type[Task], config: RunConfig, stop: Stop, saved: dict | None) -> int:
+def _main(task: type[Task], config: RunConfig, stop: Stop, saved: dict | None, blocks: Blocks) -> int:
     try:
+        import_modules(config.imports)
         processes = distributed.start(find_device(config.device))
-        run = Evaluation(task, config, processes, stop, saved) if saved else Training(task, config, processes, stop)
+        common = task, config, processes, stop, blocks
+        run = Evaluation(*common, saved) if saved else Training(*common)
     except (ValueError, OSError) as error:
         return _refuse(error)
     try:
@@ -68,6 +75,16 @@ def _main(task: type[Task], config: RunConfig, stop: Stop, saved: dict | None) -
         return _refuse(f"{_last_line(error)}; {run.standing()}")
     missed = best is not None and run.task.missed(best)
     return _refuse(missed, code=1) if missed else 0
+
+
+def _goes_on(about: Asked) -> dict | None:
+    """The configuration of the run that is to go on, its output where it lies now; None where none can be read."""
+    if not about.resume or (about.resume == "auto" and not about.output):
+        return None
+    folder = Path(about.output) if about.resume == "auto" else Path(about.resume).parent
+    paths = checkpoint.all_in(folder) if about.resume == "auto" else [Path(about.resume)]
+    found = next(filter(None, map(checkpoint.config_of, paths)), None)
+    return found and found | {"output": str(folder)}
 
 
 def _refuse(error: Exception | str, code: int = 2) -> int:
@@ -88,8 +105,8 @@ def printable(text: str) -> str:
 class Run:
     """What training and evaluation share."""
 
-    def __init__(self, config: RunConfig, processes: Processes, stop: Stop):
-        self.config, self.processes, self.stop = config, processes, stop
+    def __init__(self, config: RunConfig, processes: Processes, stop: Stop, blocks: Blocks):
+        self.config, self.processes, self.stop, self.blocks = config, processes, stop, blocks
         share = processes.size * config.optim.accumulate
         if config.batch_size % share:
             each = f"{processes.size} processes × {config.optim.accumulate} passes"
@@ -168,13 +185,16 @@ class Run:
 class Evaluation(Run):
     """A checkpoint and the images to evaluate it on; called, prints its metrics and returns the one that counts."""
 
-    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop, saved: dict):
-        super().__init__(config, processes, stop)
-        name = saved["model"]
-        if config.model.name != name:
-            raise ValueError(f"model.name is {config.model.name}, but {config.eval} holds {name}")
+    def __init__(
+        self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop, blocks: Blocks, saved: dict
+    ):
+        super().__init__(config, processes, stop, blocks)
+        inserted = saved["insert"] or {"block": None, "at": None}
+        for option, name in (("name", saved["model"]), ("insert", inserted["block"]), ("at", inserted["at"])):
+            if (given := getattr(config.model, option)) != name:
+                raise ValueError(f"model.{option} is {given}, but {config.eval} holds {name}")
         self.task = task(config, processes, saved)
-        self.model = restore_model(config.eval, saved, self.task.model_args)
+        self.model = restore_model(config.eval, saved, blocks, self.task.model_args, config.model.attn_args)
         self.data = self.task.data(self.model)
         self.model.to(processes.device, memory_format=self.task.memory_format)
         self.val_batches = self.create_batches(self.task.val_set, self.task.transforms(self.data)[1], self.data)
@@ -196,7 +216,7 @@ class Evaluation(Run):
         """Model and data in a line."""
         size = "×".join(map(str, self.data["input_size"]))
         return (
-            f"{self.config.eval}: {self.config.model.name}, input {size}, {self.task.title(self.data)}; "
+            f"{self.config.eval}: {self.config.model.title}, input {size}, {self.task.title(self.data)}; "
             f"{self.source()}: {self.val_batches.num_images} to evaluate"
         )
 
@@ -205,8 +225,8 @@ class Training(Run):
     """A model, its images, and where its training stands; called, trains and returns the best metric, or None if it was
     asked to stop before the end. Its constructor writes nothing."""
 
-    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop):
-        super().__init__(config, processes, stop)
+    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop, blocks: Blocks):
+        super().__init__(config, processes, stop, blocks)
         self.output = Folder(config.output)
         self.output.last = self.find_checkpoint()
         self.saved_step = 0
@@ -214,12 +234,14 @@ class Training(Run):
         if config.tensorboard and not find_spec("tensorboard"):
             raise ValueError("tensorboard is true, but the package tensorboard is not installed")
         self.task = task(config, processes, None)
-        name, args = config.model.name, self.task.model_args
+        name, args, inserted = config.model.name, self.task.model_args, config.model.inserted
         if saved and (saved["model"], saved["model_args"]) != (name, args):
             raise ValueError(f"{self.output.last} holds {saved['model']} {saved['model_args']}, not {name} {args}")
+        if saved and saved["insert"] != inserted:
+            raise ValueError(f"{self.output.last} has {saved['insert']} inserted, not {inserted}")
 
         seed_all("model", config.seed)
-        model = create_model(name, args, pretrained=config.model.pretrained and not saved)
+        model = create_model(name, args, config.model.pretrained and not saved, inserted, blocks)
         self.task.prepare(model)
         model.to(processes.device, memory_format=self.task.memory_format)
         if config.sync_bn:
@@ -232,7 +254,8 @@ class Training(Run):
         self.val_batches = self.create_batches(self.task.val_set, eval_transform, data)
         self.try_forward(model)
         self.steps_per_epoch = self.train_batches.num_batches // config.optim.accumulate
-        self.state = create_state(config, model, self.task.loss, self.steps_per_epoch, processes, self.spread)
+        steps = self.steps_per_epoch
+        self.state = create_state(config, model, self.task.loss, steps, processes, blocks, self.spread)
 
         self.epoch = 0
         self.within = NOTHING_DONE
@@ -240,6 +263,8 @@ class Training(Run):
         self.record = dict(
             model=name,
             model_args=args,
+            insert=inserted,
+            imports=config.imports,
             data=data,
             config=dataclasses.asdict(config),
             versions=checkpoint.versions(processes.size),
@@ -268,8 +293,9 @@ class Training(Run):
         then, now = (side["data"].get("class_names") for side in (saved, self.record))
         if then != now:
             raise ValueError(f"{self.output.last} knows the classes {then}, the data have {now}")
-        for key in ("name", "momentum", "weight_decay", "args"):  # which the optimizer's own state brings back
-            then, now = (side["config"]["optim"][key] for side in (saved, self.record))
+        kept = "name", "momentum", "weight_decay", "args", "only", "new_lr_scale", "layer_decay"
+        for key in kept:  # which the optimizer's own state brings back
+            then, now = (side["config"]["optim"].get(key) for side in (saved, self.record))
             if then != now:
                 raise ValueError(f"optim.{key} must be {then!r}, as in {self.output.last}, got {now!r}")
         load_weights(state.model, saved["state_dict"])
@@ -415,7 +441,8 @@ class Training(Run):
         """What is evaluated, in one piece in every process. Every process must call it."""
         if not self.spread:
             return self.state.evaluated
-        model = create_model(self.record["model"], self.record["model_args"])
+        record = self.record
+        model = create_model(record["model"], record["model_args"], insert=record["insert"], blocks=self.blocks)
         model.load_state_dict(whole(self.state.evaluated.state_dict()))
         return model.to(self.processes.device)
 
@@ -454,7 +481,7 @@ class Training(Run):
         size = "×".join(map(str, data["input_size"]))
         together = f" × {processes.size} ({config.parallel})" if processes.size > 1 else ""
         return (
-            f"{config.model.name}: {parameters:.2f} M parameters, input {size}, {self.task.title(data)}; "
+            f"{config.model.title}: {parameters:.2f} M parameters, input {size}, {self.task.title(data)}; "
             f"{self.source()}: {self.train_batches.num_images} images an epoch, "
             f"{self.val_batches.num_images} to evaluate; {processes.device}{together}, "
             f"{torch.get_num_threads()} threads, {'bf16' if config.bf16 else 'fp32'}, torch {torch.__version__}"

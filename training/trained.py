@@ -12,7 +12,7 @@ from training import checkpoint
 from training.config import DataConfig, source_of
 from training.datasets import create_datasets
 from training.loader import BadImages, Batches, Samples, as_mode
-from training.setup import restore_model
+from training.setup import Blocks, restore_model
 from training.transforms import eval_transform
 
 
@@ -65,10 +65,11 @@ def check_classifier(path: str | Path, saved: dict):
         raise ValueError(f"{path} is not a classifier's checkpoint")
 
 
-def open_trained(path: str | Path, dir: str | None = None) -> Trained:
+def open_trained(path: str | Path, blocks: Blocks, dir: str | None = None) -> Trained:
     """The checkpoint at `path`, of train_imagenet.py.
 
     Args:
+        blocks: the package that has the blocks of its model.
         dir: where the images are, if not where they were in training; instead of shards, a folder of images.
 
     Raises:
@@ -83,4 +84,4 @@ def open_trained(path: str | Path, dir: str | None = None) -> Trained:
         source = {"name": "folder"}
     source = DataConfig(**source | ({"dir": dir} if dir else {}))
     _, images, classes = create_datasets(source, saved["data"]["input_size"][0], known=known)
-    return Trained(saved, restore_model(path, saved).eval(), images, classes)
+    return Trained(saved, restore_model(path, saved, blocks).eval(), images, classes)

@@ -23,6 +23,8 @@ def contents(**kwargs):
         dict(
             model="resnet18",
             model_args={"num_classes": 2, "in_chans": 3},
+            insert=None,
+            imports=[],
             state_dict=model.state_dict(),
             ema=None,
             optimizer=optimizer.state_dict(),

@@ -12,6 +12,7 @@ from scripts import PIXELS, load, options
 from timm.data import create_transform
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+import backbones
 from training import checkpoint
 from training.classification import Classification
 from training.trained import open_trained
@@ -208,7 +209,7 @@ def test_a_report_about_shards_takes_a_folder(tmp_path, capsys):
     make_folder(tmp_path / "photos", ("2", "0"), ("val",), images=2)
     assert load("report").main(options(run=tmp_path / "run")) == 2
     assert "are shards: give a folder of images with dir" in capsys.readouterr().err
-    assert [target for _, target in open_trained(best, str(tmp_path / "photos")).images] == [0, 0, 2, 2]
+    assert [target for _, target in open_trained(best, backbones, str(tmp_path / "photos")).images] == [0, 0, 2, 2]
 
 
 def test_a_run_goes_on_with_the_same_classes_only(photos, tmp_path, capsys):
