@@ -359,6 +359,25 @@ def parse(
         sys.exit(_exit_line(error))
 
 
+def planned_epochs(
+    description: str, argv: list[str] | None = None, kind: type = Config, goes_on: dict | None = None
+) -> int | None:
+    """Epochs of the configuration file, or of the run to go on with, where the command line `argv` gives others and
+    leaves the target as it is; else None."""
+    parser, words = _parser(description, argv, kind)
+    files, line = [], []
+    while words:
+        word = words.pop(0)
+        to = files if word.partition("=")[0] == "--config" else line
+        to.append(word)
+        if word == "--config" and words:
+            to.append(words.pop(0))
+    given = vars(parser.parse_args(line, defaults=False))
+    if "epochs" not in given or any(name.startswith("target_") for name in given):
+        return None
+    return parser.parse_args(files, defaults=False).get("epochs") if files else (goes_on or {}).get("epochs")
+
+
 def _flat(config: dict, options: dict[str, type], prefix: str = ""):
     """Options and their values; of `config` only what is one of `options`."""
     for name, value in config.items():

@@ -250,3 +250,15 @@ def test_the_accuracy_before_training_is_that_of_the_weights_given(tmp_path, cap
     (before,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("before training")]
     metrics = trained["metrics"]
     assert before == "before training  " + "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "top1", "top5"))
+
+
+def test_a_shortened_run_may_miss_the_target_of_its_configuration(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("epochs: 2\ntarget_top1: 99.5\n")
+    argv = [*FAST, "--config", str(tmp_path / "c.yaml"), "--data.train_images", "192"]
+    short = [*argv, "--epochs", "1", "--output", str(tmp_path / "short")]
+    assert script.main(short) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("note: top-1 accuracy ") and last.endswith("which was set for 2 epochs; these were 1")
+    for more in (["--epochs", "1", "--target_top1", "99.5"], []):  # a target of one's own, and all epochs
+        assert script.main([*argv, *more, "--output", str(tmp_path / f"{len(more)}")]) == 1
+        assert "is below the target 99.50 %" in capsys.readouterr().err
