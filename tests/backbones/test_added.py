@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import timm
+from conftest import OPTIONS
 from timm.optim import create_optimizer_v2
-from torch import nn
 
 import backbones
 from vision_attn import create_block, list_blocks
+from vision_attn.zoo import block_class, parameters
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
 
@@ -45,11 +46,17 @@ def test_tables_in_the_slot_of_a_resnet_and_in_steps_of_a_block():
 
 
 @pytest.mark.parametrize("name", list_blocks())
-def test_what_a_block_spares_is_a_parameter_of_it_or_left_out_by_an_option(name):
-    for module in create_block(name, 24).modules():
-        spared = getattr(module, "undecayed", ())
-        assert all(isinstance(getattr(module, each, None), nn.Parameter | None) for each in spared)
-        assert not spared or any(hasattr(module, each) for each in spared)
+def test_what_a_block_spares_is_a_parameter_of_it(name):
+    """With some options; None, or not there, with others."""
+    declared, there = set(), set()
+    known = parameters(block_class(name))
+    common = {"num_heads": 2} if "num_heads" in known else {}
+    causal = {"causal": True} if "causal" in known else {}
+    for options in ({}, causal, *OPTIONS.get(name, ())):
+        for module in create_block(name, 48, **common | options).modules():
+            declared |= {*getattr(module, "undecayed", ())}
+            there |= {key for key, _ in module.named_parameters(recurse=False)}
+    assert declared <= there
 
 
 def test_what_is_new_is_what_the_stock_model_lacks():
