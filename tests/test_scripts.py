@@ -38,6 +38,7 @@ def trained(tmp_path):
         model_args=args,
         insert=None,
         imports=[],
+        scaler=None,
         state_dict=model.state_dict(),
         ema=None,
         optimizer={},

@@ -7,6 +7,7 @@ imports       modules to import before it is made, by name
 state_dict    the weights
 ema           their moving average, or None; where there is one, it is what `metrics` were measured on
 optimizer     state of the optimizer
+scaler        state of the scale of losses in float16, or None
 epoch, step   epochs and optimizer steps done; `within` says how much of the next epoch
 within        steps done of the epoch begun, the sum of their losses, and unreadable images met
 metrics       of the last evaluation, and the best there was; empty before the first
@@ -43,6 +44,7 @@ KEYS = (
     "state_dict",
     "ema",
     "optimizer",
+    "scaler",
     "epoch",
     "step",
     "within",
@@ -52,7 +54,7 @@ KEYS = (
     "config",
     "versions",
 )
-LATER = {"insert": None, "imports": []}  # what was not always written, and what it was
+LATER = {"insert": None, "imports": [], "scaler": None}  # what was not always written, and what it was
 
 
 def versions(processes: int = 1) -> dict[str, str | int]:

@@ -15,7 +15,8 @@ SOURCES = {  # what says where their images are
     "digits": (),
     "cifar10": ("dir", "download"),
     "cifar100": ("dir", "download"),
-    "folder": ("dir", "train_split", "val_split"),
+    "folder": ("dir", "train_split", "val_split", "val_share"),
+    "csv": ("dir", "train_split", "val_split", "val_share", "input_key", "target_key"),
     "hfds": ("dir", "train_split", "val_split", "input_key", "target_key"),
     "wds": ("dir", "train_split", "val_split", "input_key", "target_key", "num_classes"),
 }
@@ -31,7 +32,7 @@ def complete_source(data: "DataConfig | ImageConfig"):
     """Choose the source where none is named, and write out ~ in dir; ValueError for options that the source ignores."""
     data.name = data.name or ("digits" if data.dir is None else "folder")
     data.dir = data.dir and os.path.expanduser(data.dir)
-    options = ("dir", "download", "train_split", "val_split", "input_key", "target_key")
+    options = ("dir", "download", "train_split", "val_split", "val_share", "input_key", "target_key")
     uses = SOURCES.get(data.name.partition("/")[0], options)
     for option in options:
         value = getattr(data, option, None)
@@ -80,17 +81,21 @@ class DataConfig:
     """Images.
 
     Args:
-        name: digits, cifar10, cifar100, folder, hfds/NAME (Hugging Face datasets) or wds (WebDataset shards); null
-            takes folder if dir is given, else digits.
-        dir: where the images are: the root of cifar10, cifar100, folder and wds; the cache of hfds.
+        name: digits, cifar10, cifar100, folder, csv (images and labels in tables), hfds/NAME (Hugging Face datasets) or
+            wds (WebDataset shards); null takes folder if dir is given, else digits.
+        dir: where the images are: the root of cifar10, cifar100, folder, csv and wds; the cache of hfds.
         download: let cifar10 and cifar100 be downloaded into dir.
-        train_split: a folder name, a split name or a shard pattern; null takes the usual names of the source.
+        train_split: a folder name, the name of a table, a split name or a shard pattern; null takes the usual names of
+            the source.
         val_split: the same for validation.
+        val_share: of folder and csv without a validation split: the share of each class's images that is kept for it;
+            which ones follows from seed.
+        balance: weigh each image's loss by the inverse of how many images its class has, so that classes count alike.
         train_images: how many of the training images to take, the first ones; null takes all; not of shards.
-        input_key: name of the image column or file ending, where the source has several.
-        target_key: name of the label column, where the source has several.
+        input_key: name of the image column or file ending, where the source has several; of csv path, if null.
+        target_key: name of the label column, where the source has several; of csv label, if null.
         num_classes: null counts them; wds can't count and needs it.
-        img_size: side of the square the model sees, in pixels; null takes the model's.
+        img_size: side of the square the model sees, in pixels, or height and width; null takes the model's.
         mean: of each channel, in 0..1, for normalisation; null takes the model's.
         std: likewise.
         crop_pct: share of the resized image that evaluation keeps; null takes the model's.
@@ -102,11 +107,13 @@ class DataConfig:
     download: bool = False
     train_split: str | None = None
     val_split: str | None = None
+    val_share: float | None = None
+    balance: bool = False
     train_images: int | None = None
     input_key: str | None = None
     target_key: str | None = None
     num_classes: int | None = None
-    img_size: int | None = None
+    img_size: int | list[int] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
     crop_pct: float | None = None
@@ -115,11 +122,16 @@ class DataConfig:
     def __post_init__(self):
         complete_source(self)
         kind = self.name.partition("/")[0]
-        check("data.name", self.name, kind in SOURCES, "digits, cifar10, cifar100, folder, hfds/NAME or wds")
+        check("data.name", self.name, kind in SOURCES, "digits, cifar10, cifar100, folder, csv, hfds/NAME or wds")
         check("data.name", self.name, kind != "hfds" or len(self.name) > len("hfds/"), "hfds/NAME, with a name")
         check("data.train_images", self.train_images, self.train_images is None or self.train_images >= 1, "at least 1")
         check("data.num_classes", self.num_classes, self.num_classes is None or self.num_classes >= 2, "at least 2")
-        check("data.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "at least 1")
+        sides = self.img_size if isinstance(self.img_size, list) else [self.img_size or 1] * 2
+        ok = len(sides) == 2 and min(sides) >= 1 and self.img_size != 0
+        check("data.img_size", self.img_size, ok, "at least 1, or a height and a width of at least 1")
+        check("data.val_share", self.val_share, self.val_share is None or 0 < self.val_share < 1, "in (0, 1)")
+        both = self.val_share is not None and self.val_split
+        check("data.val_split", self.val_split, not both, "left out with data.val_share, which makes one")
         check("data.crop_pct", self.crop_pct, self.crop_pct is None or 0 < self.crop_pct <= 1, "in (0, 1]")
         check("data.workers", self.workers, self.workers >= 0, "0 or more")
 
@@ -224,6 +236,8 @@ class RunConfig:
         device: auto (cuda if there is one), or a torch device such as cpu, cuda, cuda:1.
         threads: CPU threads of the main process; null leaves torch's choice.
         bf16: forward passes under bfloat16 autocast.
+        fp16: forward passes under float16 autocast, the loss scaled so that small gradients do not vanish; a step whose
+            gradient overflows is left out, and the scale halved.
         compile: compile the model with torch.compile.
         parallel: with several processes, what they share: ddp averages gradients; fsdp also spreads weights, gradients
             and optimizer state.
@@ -249,6 +263,7 @@ class RunConfig:
     device: str = "auto"
     threads: int | None = None
     bf16: bool = False
+    fp16: bool = False
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     sync_bn: bool = False
@@ -273,11 +288,17 @@ class RunConfig:
         check("threads", self.threads, self.threads is None or self.threads >= 1, "at least 1")
         allowed = f"a multiple of optim.accumulate = {passes}"
         check("batch_size", self.batch_size, self.batch_size % passes == 0, allowed)
+        check("fp16", self.fp16, not (self.fp16 and self.bf16), "false beside bf16")
+        check("parallel", self.parallel, not (self.fp16 and self.parallel == "fsdp"), "ddp with fp16")
         check("max_bad", self.max_bad, 0 <= self.max_bad <= 1, "a share in 0..1")
         check("save_every", self.save_every, self.save_every is None or self.save_every >= 1, "at least 1")
         check("keep", self.keep, self.keep >= 1, "at least 1")
         if sum(map(bool, (self.resume, self.eval, self.dry_run))) > 1:
             raise ValueError("resume, eval and dry_run exclude each other")
+
+    @property
+    def precision(self) -> str:
+        return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"
 
 
 @dataclass
@@ -344,6 +365,7 @@ def parse(
         given, added = parser.parse_args(words, defaults=False), saved["insert"] or {}
         parser.set_defaults({"model.name": saved["model"], "imports": saved["imports"]})
         parser.set_defaults({"model.insert": added.get("block"), "model.at": added.get("at")})
+        parser.set_defaults({"seed": saved["config"].get("seed", 0)})  # by which images were kept for validation
         source = source_of(saved)
         if given.get("data.name", source["name"]) == source["name"]:
             options = {f"data.{name}": value for name, value in source.items()}

@@ -119,7 +119,8 @@ class Run:
             each = f"{processes.size} processes × {config.optim.accumulate} passes"
             raise ValueError(f"batch_size must be a multiple of {share} ({each}), got {config.batch_size}")
         self.spread = config.parallel == "fsdp" and processes.size > 1 and not config.eval
-        self.autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16)
+        half = torch.float16 if config.fp16 else torch.bfloat16
+        self.autocast = torch.autocast(processes.device.type, half, enabled=config.fp16 or config.bf16)
 
     def create_batches(self, dataset, transform, data: dict, shuffle: bool = False) -> Batches:
         """Batches of a data set of the task, divided among the processes."""
@@ -307,6 +308,8 @@ class Training(Run):
                 raise ValueError(f"optim.{key} must be {then!r}, as in {self.output.last}, got {now!r}")
         load_weights(state.model, saved["state_dict"])
         load_optimizer(state.optimizer, saved["optimizer"])
+        if saved["scaler"] and state.scaler.is_enabled():
+            state.scaler.load_state_dict(saved["scaler"])
         if state.ema:
             load_weights(state.ema.module, saved["ema"])
         self.epoch, state.step, self.within = saved["epoch"], saved["step"], dict(saved["within"])
@@ -461,6 +464,7 @@ class Training(Run):
             state_dict=whole(state.model.state_dict()),
             ema=whole(state.ema.module.state_dict()) if state.ema else None,
             optimizer=whole(state.optimizer.state_dict()),
+            scaler=state.scaler.state_dict() if state.scaler.is_enabled() else None,
             epoch=self.epoch,
             step=state.step,
             within=self.within,
@@ -491,7 +495,7 @@ class Training(Run):
             f"{config.model.title}: {parameters:.2f} M parameters, input {size}, {self.task.title(data)}; "
             f"{self.source()}: {self.train_batches.num_images} images an epoch, "
             f"{self.val_batches.num_images} to evaluate; {processes.device}{together}, "
-            f"{torch.get_num_threads()} threads, {'bf16' if config.bf16 else 'fp32'}, torch {torch.__version__}"
+            f"{torch.get_num_threads()} threads, {config.precision}, torch {torch.__version__}"
         )
 
 

@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.config import RunConfig
@@ -157,7 +158,8 @@ def create_state(
     )
     scheduler.step_update(0)
     objective = objective if spread else average_gradients(objective, processes)
-    return State(model, objective, optimizer, scheduler, ema, frozen)
+    scaler = GradScaler(processes.device.type, enabled=config.fp16)
+    return State(model, objective, optimizer, scheduler, ema, frozen, scaler)
 
 
 def freeze(model: nn.Module, only: str | list[str]) -> list[nn.Module]:

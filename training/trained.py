@@ -83,5 +83,6 @@ def open_trained(path: str | Path, blocks: Blocks, dir: str | None = None) -> Tr
             raise ValueError(f"the images of {path} are shards: give a folder of images with dir")
         source = {"name": "folder"}
     source = DataConfig(**source | ({"dir": dir} if dir else {}))
-    _, images, classes = create_datasets(source, saved["data"]["input_size"][0], known=known)
+    seed = saved["config"].get("seed", 0)
+    _, images, classes = create_datasets(source, saved["data"]["input_size"][0], seed, known=known)
     return Trained(saved, restore_model(path, saved, blocks).eval(), images, classes)

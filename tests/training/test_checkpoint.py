@@ -25,6 +25,7 @@ def contents(**kwargs):
             model_args={"num_classes": 2, "in_chans": 3},
             insert=None,
             imports=[],
+            scaler=None,
             state_dict=model.state_dict(),
             ema=None,
             optimizer=optimizer.state_dict(),
