@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from training.config import Config
 from training.datasets import create_datasets
 from training.distributed import Processes
+from training.published import class_names, published_cfg
 from training.shards import Shards
 from training.task import Task
 from training.trained import check_classifier
@@ -28,16 +29,24 @@ class Classification(Task):
         if saved:
             check_classifier(config.eval, saved)
             args, known = evaluated_model_args(saved, args), saved["data"]["class_names"]
+        published = published_cfg(config.model.name, args) if config.eval and not saved else None
+        if published:
+            known = class_names(published)
         self.in_chans = args.get("in_chans", 3)
 
         def create():
             source = config.data, self.in_chans, config.seed, processes.size
-            return create_datasets(*source, known, self.notes.append)
+            return create_datasets(*source, known, self.notes.append, alone=bool(config.eval))
 
         self.train_set, self.val_set, self.classes = processes.main_first(create) if config.data.download else create()
         self.num_classes = len(self.classes)
+        if published and published["num_classes"] != self.num_classes:
+            has = f"{config.data.name} has {self.num_classes}"
+            raise ValueError(f"eval: {config.model.name} was published for {published['num_classes']} classes, {has}")
         self.model_args = args if saved else complete_model_args(config, self.num_classes, self.in_chans)
-        self.weights = class_weights(self.train_set, self.num_classes) if config.data.balance and not saved else None
+        self.weights = (
+            class_weights(self.train_set, self.num_classes) if config.data.balance and not config.eval else None
+        )
         augment = config.augment
         self.mixup = None
         if augment.mixup or augment.cutmix:

@@ -20,6 +20,7 @@ SOURCES = {  # what says where their images are
     "hfds": ("dir", "train_split", "val_split", "input_key", "target_key"),
     "wds": ("dir", "train_split", "val_split", "input_key", "target_key", "num_classes"),
 }
+PRETRAINED = "pretrained"  # what eval may be instead of a path
 ONCE = ("resume", "eval", "eval_first", "dry_run", "overwrite")  # what a run that goes on does not take from before
 
 
@@ -249,7 +250,8 @@ class RunConfig:
         keep: checkpoints to keep, the newest ones; the best is kept beside them.
         tensorboard: also write the log for TensorBoard.
         resume: checkpoint to go on from, or auto: the newest good one in output, none if there is none.
-        eval: checkpoint to evaluate, its model on its images where nothing else is given; trains nothing.
+        eval: checkpoint to evaluate, its model on its images where nothing else is given; or pretrained: the published
+            weights of model.name; trains nothing.
         eval_first: evaluate before the first step, too.
         dry_run: print the configuration and what an epoch would take; trains and writes nothing.
     """

@@ -170,7 +170,7 @@ def create_datasets(
     if len(val) == 0:
         raise ValueError(f"data.dir {config.dir} has no validation images")
     if known not in (None, classes):
-        raise ValueError(f"the checkpoint knows the classes {known}, the data have {classes}")
+        raise ValueError(f"the model knows the classes {_short(known)}, the data have {_short(classes)}")
     if len(classes) < 2:
         raise ValueError(f"data.dir {config.dir} must have at least 2 classes, has {len(classes)}: {classes}")
     if config.num_classes not in (None, len(classes)):
@@ -181,6 +181,10 @@ def create_datasets(
             raise ValueError(f"data.train_images must be {allowed}, got {config.train_images}")
         train = First(train, config.train_images)
     return train, val, classes
+
+
+def _short(names: list[str], most: int = 10) -> str:
+    return f"{names[:most]}"[:-1] + f", … {len(names)} in all]" if len(names) > most else f"{names}"
 
 
 def _directory(config: DataConfig) -> Path:

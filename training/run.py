@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from training import checkpoint, distributed
-from training.config import Asked, RunConfig, asked, parse, planned_epochs
+from training.config import PRETRAINED, Asked, RunConfig, asked, parse, planned_epochs
 from training.distributed import Processes, load_optimizer, load_weights, whole
 from training.engine import NotFinite, Step, hidden, mean_over, steps
 from training.estimate import duration, estimate
@@ -41,7 +41,7 @@ def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | No
     try:
         saved, title = None, doc.splitlines()[0]
         about = asked(title, argv, kind)
-        if about.eval:
+        if about.eval not in (None, PRETRAINED):
             try:
                 saved = checkpoint.load(about.eval)
             except (ValueError, OSError) as error:
@@ -66,7 +66,7 @@ def _main(
         import_modules(config.imports)
         processes = distributed.start(find_device(config.device))
         common = task, config, processes, stop, blocks
-        run = Evaluation(*common, saved) if saved else Training(*common)
+        run = Evaluation(*common, saved) if config.eval else Training(*common)
     except (ValueError, OSError) as error:
         return _refuse(error)
     try:
@@ -191,25 +191,36 @@ class Run:
 
 
 class Evaluation(Run):
-    """A checkpoint and the images to evaluate it on; called, prints its metrics and returns the one that counts."""
+    """A checkpoint, or published weights where `saved` is None, and the images to evaluate it on; called, prints its
+    metrics and returns the one that counts."""
 
     def __init__(
-        self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop, blocks: Blocks, saved: dict
+        self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop, blocks: Blocks, saved: dict | None
     ):
         super().__init__(config, processes, stop, blocks)
+        self.task = task(config, processes, saved)
+        self.model = self.restore(saved) if saved else self.published()
+        self.data = self.task.data(self.model)
+        self.model.to(processes.device, memory_format=self.task.memory_format)
+        self.val_batches = self.create_batches(self.task.val_set, self.task.transforms(self.data)[1], self.data)
+        other = saved and self.data["input_size"] != saved["data"]["input_size"]
+        self.try_forward(self.model, resize=other and hasattr(self.model, "set_input_size"))
+        if config.compile:
+            self.model.compile()
+
+    def published(self) -> nn.Module:
+        """The model of the configuration, with its published weights."""
+        model = self.config.model
+        return create_model(model.name, self.task.model_args, True, model.inserted, self.blocks)
+
+    def restore(self, saved: dict) -> nn.Module:
+        """The model of a checkpoint."""
+        config = self.config
         inserted = saved["insert"] or {"block": None, "at": None}
         for option, name in (("name", saved["model"]), ("insert", inserted["block"]), ("at", inserted["at"])):
             if (given := getattr(config.model, option)) != name:
                 raise ValueError(f"model.{option} is {given}, but {config.eval} holds {name}")
-        self.task = task(config, processes, saved)
-        self.model = restore_model(config.eval, saved, blocks, self.task.model_args, config.model.attn_args)
-        self.data = self.task.data(self.model)
-        self.model.to(processes.device, memory_format=self.task.memory_format)
-        self.val_batches = self.create_batches(self.task.val_set, self.task.transforms(self.data)[1], self.data)
-        other = self.data["input_size"] != saved["data"]["input_size"]
-        self.try_forward(self.model, resize=other and hasattr(self.model, "set_input_size"))
-        if config.compile:
-            self.model.compile()
+        return restore_model(config.eval, saved, self.blocks, self.task.model_args, config.model.attn_args)
 
     def __call__(self) -> float | None:
         self.introduce()
