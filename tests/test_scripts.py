@@ -1,5 +1,7 @@
 """The scripts beside training: they do what their first lines say, and bad input gets one line and exit code 2."""
 
+import csv
+import json
 import runpy
 from pathlib import Path
 
@@ -8,13 +10,17 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from pictures import picture
 from PIL import Image
+from safetensors.torch import save_file
 from scripts import PIXELS, load, options
+from timm.data import ImageNetInfo, create_transform
 from torchvision.transforms import functional as TF
 
 import backbones
 from training import checkpoint
 from training.datasets import Digits
+from training.image_folder import order
 from training.report import mistakes, varied
 from training.trained import open_trained
 
@@ -107,6 +113,100 @@ def test_what_cannot_be_drawn_is_said(trained, tmp_path, capsys, more, said):
     assert script("show_attention")["main"](["--checkpoint", str(trained[0]), "--path", str(picture), *more]) == 2
     assert said in capsys.readouterr().err
     assert not picture.exists()
+
+
+def test_attention_on_an_image_of_ones_own(trained, tmp_path, capsys):
+    picture(41, 53).save(tmp_path / "photo.jpg")
+    argv = ["--checkpoint", str(trained[0]), "--image", str(tmp_path / "photo.jpg"), "--at", "layer3.*"]
+    assert script("show_attention")["main"](argv) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "attention.png")
+    wide, low = Image.open(tmp_path / "attention.png").size
+    assert script("show_attention")["main"]([*argv[:4], str(tmp_path / "photo.jpg"), *argv[4:]]) == 0  # two of them
+    assert Image.open(tmp_path / "attention.png").size[1] > 1.5 * low
+    assert script("show_attention")["main"]([*argv, "--dir", "."]) == 2
+    assert "dir=.: must be left out with image" in capsys.readouterr().err
+    assert script("show_attention")["main"]([*argv[:2], "--image", str(tmp_path / "none.jpg")]) == 2
+    assert "none.jpg" in capsys.readouterr().err
+
+
+def test_labels_of_rows_are_wrapped_and_inside_the_picture(tmp_path):
+    names = ["black-and-tan coonhound", "golden retriever, a dog"]
+    sizes = {}
+    for wrapped, titles in ((False, ["cat,\nsays dog"]), (True, [f"{names[0]},\nsays {names[1]}"])):
+        path = tmp_path / f"{wrapped}.png"
+        backbones.draw_maps(torch.zeros(1, 3, 8, 8), {"a": torch.rand(1, 4, 4)}, path, titles)
+        sizes[wrapped] = Image.open(path).convert("L")
+    ink = np.asarray(sizes[True])[:, :5]
+    assert (ink > 250).all()  # nothing is cut off at the left
+    dark = (np.asarray(sizes[True])[:, : sizes[True].width // 3] < 128).any(axis=1)
+    lines = (dark[1:] & ~dark[:-1]).sum()
+    assert lines >= 4
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_images_without_labels_get_the_likeliest_classes(trained, tmp_path, capsys):
+    path, model = trained
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    pictures = {"photos/10.png": picture(41, 53, seed=1), "photos/9.jpg": picture(seed=2, mode="L")}
+    pictures["photos/deep/a.png"] = picture(29, 31, seed=3)
+    for name, image in pictures.items():
+        image.save(tmp_path / name)
+    (tmp_path / "photos" / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    argv = options(checkpoint=path, images=tmp_path / "photos", path=tmp_path / "out" / "p.csv", batch_size=2)
+    assert script("predict")["main"](argv) == 0
+    said = capsys.readouterr().out
+    assert "note: 1 of 4 images can't be read, the first is" in said and "broken.png: UnidentifiedImageError" in said
+    rows = table(tmp_path / "out" / "p.csv")
+    assert [row["image"] for row in rows] == [str(tmp_path / name) for name in sorted(pictures, key=order)]
+    prepare = create_transform(32, mean=[0.5] * 3, std=[0.25] * 3, crop_pct=1.0, interpolation="bicubic")
+    for row in rows:
+        with torch.no_grad():
+            shares = model(prepare(Image.open(row["image"]).convert("RGB"))[None]).softmax(dim=1)[0]
+        best = shares.topk(5)
+        assert [row[f"top{place}"] for place in range(1, 6)] == [str(index) for index in best.indices.tolist()]
+        for place, share in enumerate(best.values.tolist(), start=1):
+            assert float(row[f"p{place}"]) == pytest.approx(share, abs=2e-3)
+
+
+def test_published_models_name_what_they_see(tmp_path, capsys):
+    torch.manual_seed(1)
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "w.safetensors")
+    picture(41, 53).save(tmp_path / "photo.png")
+    argv = options(model="resnet18", images=tmp_path / "photo.png", path=tmp_path / "p.csv", top=3)
+    argv += options(model_args=json.dumps({"pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors")}}))
+    assert script("predict")["main"](argv) == 0
+    (row,) = table(tmp_path / "p.csv")
+    assert list(row) == ["image", "top1", "p1", "top2", "p2", "top3", "p3"]
+    assert row["top1"] in ImageNetInfo().label_descriptions()
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(), "give either checkpoint or model"),
+        (dict(model="resnet18", checkpoint="x.pt"), "give either checkpoint or model"),
+        (dict(checkpoint="nowhere.pt"), "there is no checkpoint nowhere.pt"),
+        (dict(checkpoint="x.pt", model_args="{a: 1}"), "model_args={'a': 1}: is for model"),
+        (dict(model="resnt18"), "Unknown model (resnt18); similar names: "),
+        (dict(model="cifar_resnet20"), "No pretrained weights exist for cifar_resnet20"),
+        (dict(model="resnet18", images="nowhere"), "images=nowhere: there is no such folder or image"),
+        (dict(model="resnet18", images="empty"), "images=empty: holds no image"),
+        (dict(model="resnet18", top=0), "top=0: must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_predicted_is_said(given, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in", "empty"):
+        (tmp_path / name).mkdir()
+    picture().save(tmp_path / "in" / "photo.png")
+    assert script("predict")["main"](options(**{"images": "in", "path": "p.csv"} | given)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line and not (tmp_path / "p.csv").exists()
 
 
 def test_a_report_has_everything_in_one_file(trained, tmp_path, capsys):

@@ -101,6 +101,12 @@ def find_split(root: Path, kind: str, given: str | None = None) -> Path:
     raise ValueError(f"data.dir {root} has no folder {' or '.join(names)}{has}; wanted are {wanted}{hint}")
 
 
+def images_below(folder: Path) -> list[str]:
+    """The images in a folder at any depth, in the order of their names; those that Pillow reads by their ending."""
+    found = _files(str(folder), (os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)))
+    return sorted((path for path in found if _ending(path) in endings()), key=order)
+
+
 def has_split(root: Path, kind: str) -> bool:
     """Whether there is a folder with one of the usual names of that split."""
     return any(entry.is_dir() and entry.name.lower() in SPLITS[kind] for entry in _visible(root))
