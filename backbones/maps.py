@@ -76,8 +76,9 @@ def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles:
     import matplotlib.pyplot as plt  # of the extra "train"
 
     rows, columns = len(images), 1 + len(maps)
-    width = 1.3 * columns + (0 if titles is None else 1)  # inches
-    figure, axes = plt.subplots(rows, columns, figsize=(width, 1.35 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.3 * columns, 1.35 * rows), squeeze=False, layout="constrained"
+    )
     pixels = images.detach().float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).clamp(0, 1).numpy()
     for row, (line, image) in enumerate(zip(axes, pixels)):
         for axis in line:
@@ -92,8 +93,7 @@ def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles:
         if titles is not None:
             told = "\n".join(chain.from_iterable(wrap(part, 20) for part in titles[row].splitlines()))
             line[0].set_ylabel(told, fontsize=7, rotation=0, ha="right", va="center")  # beside it, so long names fit
-    legend = wrap("bright: looked at most; dark: least, each map by its own range", int(16 * width))
-    figure.supxlabel("\n".join(legend), fontsize=7)
+    figure.supxlabel("brightest: looked at most, of each map", fontsize=7)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
