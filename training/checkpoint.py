@@ -88,10 +88,10 @@ def save(path: str | Path, **contents):
     write_whole(path, write)
 
 
-def save_weights(path: str | Path, weights: dict[str, torch.Tensor]):
-    """Write weights alone as safetensors, a file that timm loads. Raises OSError as `save`."""
+def save_weights(path: str | Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
+    """Write weights alone as safetensors, a file that timm loads, with `metadata`. Raises OSError as `save`."""
     weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-    content = safetensors.torch.save(weights, metadata={"format": "pt"})
+    content = safetensors.torch.save(weights, metadata={"format": "pt"} | (metadata or {}))
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -213,6 +213,7 @@ def forget(folder: Path, step: int | None):
             _remove(folder / name)
     if not (folder / "best.pt").exists():
         _remove(folder / "best.safetensors")
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 def _is_of(path: Path, most: int) -> bool:

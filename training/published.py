@@ -1,4 +1,4 @@
-"""What timm knows of published weights: the names of their classes."""
+"""What timm knows of published weights, and what it has to know of those of a checkpoint."""
 
 import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -28,3 +28,15 @@ def class_names(cfg: dict, readable: bool = False) -> list[str] | None:
         return None
     info = ImageNetInfo(subset)
     return info.label_descriptions() if readable else info.label_names()
+
+
+def timm_config(contents: dict) -> dict:
+    """What timm's config.json says of a model, for the checkpoint `contents`: architecture, model_args, and as
+    pretrained_cfg the size and normalisation of its images and the names of its classes."""
+    data, known = contents["data"], published_cfg(contents["model"])
+    cfg = {key: known[key] for key in ("first_conv", "classifier", "fixed_input_size") if key in known}
+    kept = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    cfg |= {key: data[key] for key in kept if key in data}
+    if "class_names" in data:
+        cfg |= {"num_classes": len(data["class_names"]), "label_names": data["class_names"]}
+    return {"architecture": contents["model"], "model_args": contents["model_args"], "pretrained_cfg": cfg}

@@ -98,7 +98,7 @@ def test_digits_in_a_process_of_its_own(tmp_path):
     for part in bits:
         assert math.log2(17) > part[0] > part[1] > part[2] > 1.8
     drawn = [f"{kind}-000{epoch}.png" for kind in ("completions", "samples") for epoch in (2, 3)]
-    assert names(output) == ["best.pt", "best.safetensors", *drawn[:2], "last.pt", "log.csv", *drawn[2:]]
+    assert names(output) == ["best.pt", "best.safetensors", *drawn[:2], "config.json", "last.pt", "log.csv", *drawn[2:]]
     assert Image.open(output / drawn[0]).size == Image.open(output / drawn[2]).size[:1] + (3 * 68 + 4,)
 
     ckpt = checkpoint.load(output / "best.pt")
@@ -115,7 +115,13 @@ def test_evaluation_repeats_the_bits_of_the_checkpoint_and_meets_targets(tmp_pat
     assert script.main(run) == 0
     path = tmp_path / "run" / "best.pt"
     bits = checkpoint.load(path)["metrics"]["bits_per_dim"]
-    assert names(path.parent) == ["best.pt", "best.safetensors", "last.pt", "log.csv"]  # no pictures by default
+    assert names(path.parent) == [
+        "best.pt",
+        "best.safetensors",
+        "config.json",
+        "last.pt",
+        "log.csv",
+    ]  # no pictures by default
     capsys.readouterr()
     assert script.main(["--eval", str(path), "--output", str(tmp_path / "none"), "--batch_size", "77"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"bits_per_dim {bits:.4f}"

@@ -54,6 +54,7 @@ def test_digits_in_a_process_of_its_own(tmp_path):
     assert {path.name for path in output.iterdir() if path.suffix != ".sha256"} == {
         "best.pt",
         "best.safetensors",
+        "config.json",
         "last.pt",
         "log.csv",
         "step-00000014.pt",
