@@ -14,6 +14,7 @@ from PIL import Image
 
 import backbones
 from training import command
+from training.published import readable
 from training.report import varied
 from training.trained import Trained, open_classifier, open_trained
 
@@ -46,10 +47,11 @@ def show(
     else:
         found = open_trained(checkpoint, backbones, dir)
         chosen = choose(found, count)
-        pixels, known = found.pixels(chosen), [found.classes[found.images[index][1]] for index in chosen]
+        pixels, known = found.pixels(chosen), [readable(found.classes)[found.images[index][1]] for index in chosen]
     maps = backbones.attention_maps(found.model, found.normalised(pixels), at)
     guesses = found.probabilities(pixels).argmax(dim=1)
-    titles = [f"{name},\nsays {found.classes[guess]}" for name, guess in zip(known, guesses)]
+    names = readable(found.classes)
+    titles = [f"{name},\nsays {names[guess]}" for name, guess in zip(known, guesses)]
     print(backbones.draw_maps(pixels, maps, path or Path(checkpoint).with_name("attention.png"), titles))
 
 

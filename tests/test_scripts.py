@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from torchvision.transforms import functional as TF
 
 import backbones
 from training import checkpoint
+from training.comparison import grouped
 from training.datasets import Digits
 from training.image_folder import order
-from training.report import mistakes, varied
+from training.report import Page, add_answers, confusion, mistakes, varied
 from training.trained import open_trained
+from vision_attn.cost import flops
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,6 +61,7 @@ def trained(tmp_path):
         data=data | dict(class_names=[str(digit) for digit in range(10)]),
         config=dict(data=dict(name="digits")),
         versions=checkpoint.versions(),
+        made={},
     )
     return tmp_path / "best.pt", model.eval()
 
@@ -214,8 +218,9 @@ def test_a_report_has_everything_in_one_file(trained, tmp_path, capsys):
     assert script("report")["main"](["--run", str(tmp_path), "--count", "7"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    for heading in ("Curves", "Configuration", "Confusion", "Accuracy of each class", "Mistakes", "Attention"):
-        assert f"<h2>{heading}</h2>" in page
+    headings = ["Curves", "Confusion", "Accuracy of each class", "Mistakes", "Attention"]
+    assert re.findall("<h2>(.*?)</h2>", page) == headings  # what was reached stands above, the configuration below
+    assert page.index("<table>") < page.index("<h2>") and page.rindex("<h2>") < page.index("<details><summary>Config")
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 4 and "http" not in page
 
     images = torch.stack([TF.to_tensor(image.convert("RGB")) for image, _ in Digits(train=False)])
@@ -248,6 +253,101 @@ def test_a_report_of_a_model_without_attention_and_of_pixels(tmp_path, capsys):
     assert "there is no checkpoint" in capsys.readouterr().err
     assert script("show_attention")["main"](["--checkpoint", str(tmp_path / "pixels" / "best.pt"), "--path", "x"]) == 2
     assert "is not a classifier's checkpoint" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """Two seeds of one run, and one run with a block, of two epochs each."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = options(data__img_size=8, threads=1, epochs=2, model__name="cifar_resnet20", data__train_images=256)
+    for name, more in (("a", dict(seed=1)), ("b", dict(seed=2)), ("gate", dict(seed=1, model__insert="cbam"))):
+        assert load("train_imagenet").main([*common, *options(output=folder / name, **more)]) == 0
+    return folder
+
+
+def test_a_report_says_what_was_reached_and_on_what(seeds, tmp_path):
+    best, last = (checkpoint.load(seeds / "gate" / f"{name}.pt") for name in ("best", "last"))
+    assert script("report")["main"](options(run=seeds / "gate", path=tmp_path / "r.html")) == 0
+    page = (tmp_path / "r.html").read_text()
+    for row, which in (last["history"][best["epoch"] - 1], "best"), (last["history"][-1], "last"):
+        assert f"<td>{which} epoch, {row['epoch']}</td>" in page
+        assert f"<td>{row['top1']:.5g}</td>" in page and f"<td>{row['train_loss']:.5g}</td>" in page
+    model = timm.create_model("cifar_resnet20", num_classes=10)
+    backbones.insert(model, "cbam")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    seconds = sum(row["seconds"] for row in last["history"])
+    for name, value in {
+        "model": "cifar_resnet20 + cbam",
+        "parameters": f"{count / 1e6:.3g} M",
+        "forward, an image": f"{flops(model, torch.zeros(1, 3, 8, 8)) / 1e9:.3g} GFLOPs, 2 per multiply-add",
+        "data": "digits",
+        "images to train on": "256",
+        "input": "3×8×8",
+        "wall time": f"{seconds:.0f} s",
+        "hardware": last["made"]["hardware"],
+        "date": f"{last['made']['date']} UTC",
+    }.items():
+        assert f"<th>{name}</th><td>{value}</td>" in page
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d", last["made"]["date"]) and "thread" in last["made"]["hardware"]
+
+
+def test_runs_stand_side_by_side(seeds, tmp_path, monkeypatch, capsys):
+    saved = {name: checkpoint.load(seeds / name / "last.pt") for name in ("a", "b", "gate")}
+    argv = ["--runs", *(str(seeds / name) for name in saved), "--path", str(tmp_path / "r.html")]
+    assert script("report")["main"](argv) == 0
+    page = (tmp_path / "r.html").read_text()
+    first = re.search("<table>(.*?)</table>", page)[1]
+    rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", first)]
+    table = [dict(zip(rows[0], row)) for row in rows[1:]]
+    assert [(row["model"], row["runs"]) for row in table] == [("cifar_resnet20", "2"), ("cifar_resnet20 + cbam", "1")]
+    for which, value_of in (
+        ("best", lambda run: run["metrics"]["best_top1"]),
+        ("last", lambda run: run["history"][-1]["top1"]),
+    ):
+        values = np.array([value_of(saved[name]) for name in "ab"])
+        assert table[0][f"{which} top-1 %"] == f"{values.mean():.4g} ± {values.std(ddof=1):.2g}"
+        assert table[1][f"{which} top-1 %"] == f"{value_of(saved['gate']):.4g}"
+    assert all(row["GFLOPs"] and row["memory"].endswith("MiB") and float(row["images/s"]) > 0 for row in table)
+    assert page.count("<img") == 1 and page.count("<details>") == 3
+    assert all(f"<td>{seeds / name}</td>" in page for name in saved)
+
+
+def test_groups_are_named_by_what_differs(seeds):
+    opened = [script("report")["open_run"](seeds / name) for name in ("a", "b")]
+    opened[1].saved["config"]["optim"]["lr"] = 0.7
+    assert list(grouped(opened)) == ["cifar_resnet20, optim.lr 0.1", "cifar_resnet20, optim.lr 0.7"]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ([], "give either run or runs"),
+        (["--run", "a", "--runs", "a", "b"], "give either run or runs"),
+        (["--runs", "a", "--dir", "."], "dir=.: must be left out with runs"),
+        (["--runs", "a", "nowhere"], "there is no checkpoint nowhere/best.pt"),
+    ],
+)
+def test_what_cannot_be_reported_is_said(argv, said, seeds, monkeypatch, capsys):
+    monkeypatch.chdir(seeds)
+    assert script("report")["main"](argv) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_long_names_of_many_classes_are_folded_and_shortened(tmp_path):
+    page, count = Page("p"), 43
+    probabilities = torch.eye(count)[torch.arange(count).roll(1)]
+    names = [f"class number {index}, which has a rather long name" for index in range(count)]
+    add_answers(page, probabilities, torch.arange(count), names)
+    text = "".join(page.parts)
+    assert text.count("<details>") == 1 and "3 more, which do better" in text
+    assert all(f"<td>{name}</td>" in text for name in names)
+    wide = {}
+    for some in (["ant", "bee"], names[:2]):
+        figure = confusion(np.eye(2, dtype=int), some)
+        wide[len(some[0])] = figure.get_size_inches()[0]
+        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert all(len(label) <= 30 for label in labels)
+    assert wide[max(wide)] > wide[3] + 1
 
 
 def test_the_exported_classifier_is_as_accurate(tmp_path):

@@ -15,6 +15,7 @@ history       rows of log.csv
 data          what the images are: size, normalisation, class names
 config        the configuration of the run
 versions      of python, torch, torchvision, timm; and threads and processes, which change rounding
+made          hardware, date (UTC), and memory, the most bytes that the main process has held
 
     ckpt = checkpoint.load("best.pt")
     model = timm.create_model(ckpt["model"], **ckpt["model_args"])
@@ -53,8 +54,9 @@ KEYS = (
     "data",
     "config",
     "versions",
+    "made",
 )
-LATER = {"insert": None, "imports": [], "scaler": None}  # what was not always written, and what it was
+LATER = {"insert": None, "imports": [], "scaler": None, "made": {}}  # what was not always written, and what it was
 
 
 def versions(processes: int = 1) -> dict[str, str | int]:

@@ -20,6 +20,10 @@ SOURCES = {  # what says where their images are
     "hfds": ("dir", "train_split", "val_split", "input_key", "target_key"),
     "wds": ("dir", "train_split", "val_split", "input_key", "target_key", "num_classes"),
 }
+FREE = {  # what decides no result
+    *("output", "overwrite", "save_every", "keep", "tensorboard", "resume", "eval", "eval_first", "dry_run"),
+    *("max_bad", "threads", "parallel", "device", "data.workers", "data.dir", "data.download"),
+}
 PRETRAINED = "pretrained"  # what eval may be instead of a path
 ONCE = ("resume", "eval", "eval_first", "dry_run", "overwrite")  # what a run that goes on does not take from before
 
@@ -373,7 +377,9 @@ def parse(
             options = {f"data.{name}": value for name, value in source.items()}
             parser.set_defaults({name: value for name, value in options.items() if name in parser.get_defaults()})
     if goes_on:
-        parser.set_defaults({name: value for name, value in _flat(goes_on, dict(_types(kind))) if name not in ONCE})
+        parser.set_defaults(
+            {name: value for name, value in _of_options(goes_on, dict(_types(kind))) if name not in ONCE}
+        )
     namespace = parser.parse_args(words)
     try:
         values = parser.instantiate(namespace)
@@ -402,13 +408,24 @@ def planned_epochs(
     return parser.parse_args(files, defaults=False).get("epochs") if files else (goes_on or {}).get("epochs")
 
 
-def _flat(config: dict, options: dict[str, type], prefix: str = ""):
+def flat(tree: dict, prefix: str = ""):
+    """The leaves of nested dicts, by names with dots between."""
+    for key, value in tree.items():
+        yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def deciding(config: dict) -> dict:
+    """The options that decide a result, by names with dots between."""
+    return {k: v for k, v in flat(config) if k not in FREE and k.split(".")[0] != "pictures"}
+
+
+def _of_options(config: dict, options: dict[str, type], prefix: str = ""):
     """Options and their values; of `config` only what is one of `options`."""
     for name, value in config.items():
         if prefix + name in options:
             yield prefix + name, value
         elif isinstance(value, dict):
-            yield from _flat(value, options, f"{prefix}{name}.")
+            yield from _of_options(value, options, f"{prefix}{name}.")
 
 
 def source_of(saved: dict) -> dict:

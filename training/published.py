@@ -1,5 +1,7 @@
 """What timm knows of published weights, and what it has to know of those of a checkpoint."""
 
+import re
+
 import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -28,6 +30,15 @@ def class_names(cfg: dict, readable: bool = False) -> list[str] | None:
         return None
     info = ImageNetInfo(subset)
     return info.label_descriptions() if readable else info.label_names()
+
+
+def readable(names: list[str]) -> list[str]:
+    """Classes in words where all are numbers of WordNet, such as n01440764: tench; else as they are."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    info = ImageNetInfo("imagenet-22k")
+    known = {*info.label_names()}
+    return [info.label_name_to_description(name).split(",")[0] if name in known else name for name in names]
 
 
 def timm_config(contents: dict) -> dict:

@@ -7,6 +7,7 @@ needs to go on exactly, since everything random follows from where it stands.
 import dataclasses
 import sys
 import time
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from torch import nn
 from tqdm import tqdm
 
 from training import checkpoint, distributed
-from training.config import PRETRAINED, Asked, RunConfig, asked, parse, planned_epochs
+from training.config import PRETRAINED, Asked, RunConfig, asked, deciding, flat, parse, planned_epochs
 from training.distributed import Processes, load_optimizer, load_weights, whole
 from training.engine import NotFinite, Step, hidden, mean_over, steps
 from training.estimate import duration, estimate
 from training.folder import Folder
 from training.loader import BadImages, Batches, Samples, StreamSamples
+from training.machine import hardware, peak_memory
 from training.seeding import seed_all
 from training.setup import Blocks, create_model, create_state, find_device, first_line, import_modules, restore_model
 from training.shards import Shards
@@ -467,6 +469,12 @@ class Training(Run):
         model.load_state_dict(whole(self.state.evaluated.state_dict()))
         return model.to(self.processes.device)
 
+    def made(self) -> dict:
+        """On what, when, and in how much memory."""
+        device = self.processes.device
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+        return {"hardware": hardware(device), "date": now, "memory": peak_memory(device)}
+
     def save(self, best: bool = False):
         """Write a checkpoint of where training stands. Every process must call it."""
         state = self.state
@@ -481,6 +489,7 @@ class Training(Run):
             within=self.within,
             metrics=self.metrics,
             history=self.history,
+            made=self.made(),
         )
         if self.processes.main:
             self.output.save(contents, best, self.config.keep)
@@ -512,16 +521,8 @@ class Training(Run):
 
 def _differences(record: dict, saved: dict, order: set[str]) -> list[tuple]:
     """(name, now, then) of what decides a result and is not what the checkpoint has; `order` decides it here, too."""
-
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-
-    free = {"output", "overwrite", "save_every", "keep", "tensorboard", "resume", "eval", "eval_first", "dry_run"}
-    free |= {"max_bad", "threads", "parallel", "device", "data.workers", "data.dir", "data.download"}
-    free -= order
-    sides = [
-        {k: v for k, v in flat(side["config"]) if k not in free and k.split(".")[0] != "pictures"} | side["versions"]
+    now, then = (
+        deciding(side["config"]) | {k: v for k, v in flat(side["config"]) if k in order} | side["versions"]
         for side in (record, saved)
-    ]
-    return [(key, sides[0].get(key), sides[1].get(key)) for key in sides[0] if sides[0][key] != sides[1].get(key)]
+    )
+    return [(key, now[key], then[key]) for key in now if key in then and now[key] != then[key]]

@@ -37,6 +37,7 @@ def contents(**kwargs):
             config={},
             data={"mean": [0.5], "class_names": ["a", "b"]},
             versions=checkpoint.versions(),
+            made={},
         )
         | kwargs
     )
