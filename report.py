@@ -24,6 +24,7 @@ from training.report import (
     Page,
     add_answers,
     add_configuration,
+    add_curves,
     add_images,
     add_results,
     facts_of,
@@ -91,8 +92,9 @@ def about(folder: Path, dir: str | None, count: int) -> Page:
     run = open_run(folder)
     saved = run.saved
     page = Page(f"{title_of(saved)} on {saved['config']['data']['name']}")
-    page.facts(facts_of(saved, run.parameters, run.flops))
     add_results(page, saved)
+    page.facts(facts_of(saved, run.parameters, run.flops))
+    add_curves(page, saved)
     if "class_names" in saved["data"]:
         add_classifier(page, folder / "best.pt", dir, count)
     elif dir is not None:

@@ -274,6 +274,7 @@ def test_a_report_says_what_was_reached_and_on_what(seeds, tmp_path):
         assert f"<td>{row['top1']:.5g}</td>" in page and f"<td>{row['train_loss']:.5g}</td>" in page
     model = timm.create_model("cifar_resnet20", num_classes=10)
     backbones.insert(model, "cbam")
+    assert page.index("best epoch, ") < page.index("<th>parameters</th>") < page.index("<h2>Curves</h2>")
     count = sum(parameter.numel() for parameter in model.parameters())
     seconds = sum(row["seconds"] for row in last["history"])
     for name, value in {
@@ -283,6 +284,7 @@ def test_a_report_says_what_was_reached_and_on_what(seeds, tmp_path):
         "data": "digits",
         "images to train on": "256",
         "input": "3×8×8",
+        "epochs": "2, 4 steps",
         "wall time": f"{seconds:.0f} s",
         "hardware": last["made"]["hardware"],
         "date": f"{last['made']['date']} UTC",

@@ -377,9 +377,8 @@ def parse(
             options = {f"data.{name}": value for name, value in source.items()}
             parser.set_defaults({name: value for name, value in options.items() if name in parser.get_defaults()})
     if goes_on:
-        parser.set_defaults(
-            {name: value for name, value in _of_options(goes_on, dict(_types(kind))) if name not in ONCE}
-        )
+        before = dict(_of_options(goes_on, dict(_types(kind))))
+        parser.set_defaults({name: value for name, value in before.items() if name not in ONCE})
     namespace = parser.parse_args(words)
     try:
         values = parser.instantiate(namespace)

@@ -74,7 +74,7 @@ def title_of(saved: dict) -> str:
 
 
 def add_results(page: Page, saved: dict):
-    """The best epoch and the last one, named, with their numbers; then the curves of all."""
+    """The best epoch and the last one, named, with their numbers."""
     history = saved["history"]
     if not history:
         page.table([{name: f"{value:.6g}" for name, value in saved["metrics"].items()} or {"epochs": saved["epoch"]}])
@@ -87,8 +87,13 @@ def add_results(page: Page, saved: dict):
         for which, row in told
     ]
     page.table(rows)
-    page.heading("Curves")
-    page.figure(curves(history), "curves of the log")
+
+
+def add_curves(page: Page, saved: dict):
+    """The log of all epochs."""
+    if saved["history"]:
+        page.heading("Curves")
+        page.figure(curves(saved["history"]), "curves of the log")
 
 
 def facts_of(saved: dict, parameters: int, flops: int) -> dict[str, str]:
@@ -99,7 +104,7 @@ def facts_of(saved: dict, parameters: int, flops: int) -> dict[str, str]:
     """
     data, config, made = saved["data"], saved["config"], saved["made"]
     where = config["data"].get("dir")
-    memory = made.get("memory")
+    memory, last = made.get("memory"), (saved["history"] or [saved])[-1]
     return {
         "model": title_of(saved),
         "parameters": f"{parameters / 1e6:.3g} M",
@@ -107,7 +112,7 @@ def facts_of(saved: dict, parameters: int, flops: int) -> dict[str, str]:
         "data": config["data"]["name"] + (f", {where}" if where else ""),
         "images to train on": f"{data['train_images']:,}" if "train_images" in data else "",
         "input": "×".join(map(str, data["input_size"])),
-        "epochs": f"{saved['epoch']}, {saved['step']:,} steps",
+        "epochs": f"{last['epoch']}, {last['step']:,} steps",
         "wall time": duration(wall_time(saved)) if saved["history"] else "",
         "speed": f"{speed(saved):.4g} images/s in training" if speed(saved) else "",
         "memory": f"{memory / 2**20:,.0f} MiB at most" if memory else "",
@@ -129,9 +134,8 @@ def speed(saved: dict) -> float:
 
 def add_configuration(page: Page, saved: dict, of: str = ""):
     """All of it, folded."""
-    page.folded(
-        f"Configuration {of}".strip(), json.dumps({"config": saved["config"], "versions": saved["versions"]}, indent=2)
-    )
+    text = json.dumps({"config": saved["config"], "versions": saved["versions"]}, indent=2)
+    page.folded(f"Configuration {of}".strip(), text)
 
 
 def curves(history: list[dict]):
