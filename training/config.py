@@ -99,7 +99,7 @@ class DataConfig:
         train_images: how many of the training images to take, the first ones; null takes all; not of shards.
         input_key: name of the image column or file ending, where the source has several; of csv path, if null.
         target_key: name of the label column, where the source has several; of csv label, if null.
-        num_classes: null counts them; wds can't count and needs it.
+        num_classes: null counts them; wds can't count, and needs it where its _info.json does not name them.
         img_size: side of the square the model sees, in pixels, or height and width; null takes the model's.
         mean: of each channel, in 0..1, for normalisation; null takes the model's.
         std: likewise.

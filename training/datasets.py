@@ -1,5 +1,6 @@
 """Datasets by name, as pairs (PIL image, class index); name(index) tells of an image where it is."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,7 +136,8 @@ def create_datasets(
     hfds/NAME         what datasets.load_dataset(NAME) gives: a name on the Hub, or a local folder of parquet files or
                       images (what Dataset.save_to_disk wrote is not such a folder; what Dataset.to_parquet wrote is);
                       labels that are text become classes in the order of their names
-    wds               shards under config.dir, splits named by _info.json or as 'train-{0000..0009}.tar|IMAGE_COUNT';
+    wds               shards under config.dir, splits and classes named by _info.json, as write_shards.py writes it,
+                      or splits as 'train-{0000..0009}.tar|IMAGE_COUNT';
                       the order of the images depends on the numbers of processes and workers, of which there must not
                       be more than shards
 
@@ -290,8 +292,9 @@ def _classes(trained, tested, known: list[str] | None, place: str) -> list[str]:
 
 def _wds(config, known, tell, seed, alone):
     root = _directory(config)
-    if config.num_classes is None:
-        raise ValueError("data.num_classes must be given for data.name wds")
+    names = _names_of_shards(root)
+    if names is None and config.num_classes is None:
+        raise ValueError("data.num_classes must be given for data.name wds: its _info.json has no class_names")
 
     def split(name, training):
         reader = create_dataset("wds/", root=str(root), split=name, is_training=training).reader
@@ -306,7 +309,16 @@ def _wds(config, known, tell, seed, alone):
         return Shards(paths, reader.num_samples, keys, config.target_key, shuffle=training)
 
     train, val = split(config.train_split or "train", True), split(config.val_split or "validation", False)
-    return train, val, [str(index) for index in range(config.num_classes)]
+    return train, val, names or [str(index) for index in range(config.num_classes)]
+
+
+def _names_of_shards(root: Path) -> list[str] | None:
+    """The names of classes that write_shards.py wrote beside the shards; None where there are none."""
+    path = root / "_info.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("class_names") if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def _spread(train, config, processes):
