@@ -333,18 +333,19 @@ class Config(RunConfig):
 
 @dataclass
 class Asked:
-    """What the command line, or a --config FILE in it, gives of these options; None what it does not give."""
+    """What the command line, or a --config FILE in it, gives of these options, or what they are without."""
 
     eval: str | None
     resume: str | None
-    output: str | None
+    output: str
 
 
 def asked(description: str, argv: list[str] | None = None, kind: type = Config) -> Asked:
     """Which checkpoint the command line `argv` is about; exits as `parse` does."""
     parser, words = _parser(description, argv, kind)
     given = parser.parse_args(words, defaults=False)
-    path = {name: given.get(name) and os.path.expanduser(given.get(name)) for name in ("eval", "resume", "output")}
+    path = {name: given.get(name, parser.get_default(name)) for name in ("eval", "resume", "output")}
+    path = {name: value and os.path.expanduser(value) for name, value in path.items()}
     if path["resume"] or given.get("dry_run"):  # beside which parse refuses eval
         path["eval"] = None
     return Asked(**path)

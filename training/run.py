@@ -88,7 +88,7 @@ def _main(
 
 def _goes_on(about: Asked) -> dict | None:
     """The configuration of the run that is to go on, its output where it lies now; None where none can be read."""
-    if not about.resume or (about.resume == "auto" and not about.output):
+    if not about.resume:
         return None
     folder = Path(about.output) if about.resume == "auto" else Path(about.resume).parent
     paths = checkpoint.all_in(folder) if about.resume == "auto" else [Path(about.resume)]
