@@ -12,7 +12,7 @@
     python train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml --dry-run
     torchrun --nproc-per-node 2 train_imagenet.py --config configs/digits_cifar_resnet20_cbam.yaml
 
-A run that goes on takes its configuration from its checkpoint, but for what is given anew.
+A run that goes on takes its configuration from its checkpoint, but for its target and what is given anew.
 Writes log.csv and checkpoints to the output folder: see training/checkpoint.py. SIGTERM or Ctrl-C ends a run within a
 step, saved. Exit code 0: done, or stopped; 1: the loss was not finite, or top-1 accuracy stayed below target_top1;
 2: bad input, with one line that says what.

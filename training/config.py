@@ -25,7 +25,8 @@ FREE = {  # what decides no result
     *("max_bad", "threads", "parallel", "device", "data.workers", "data.dir", "data.download"),
 }
 PRETRAINED = "pretrained"  # what eval may be instead of a path
-ONCE = ("resume", "eval", "eval_first", "dry_run", "overwrite")  # what a run that goes on does not take from before
+# what a run that goes on does not take from before
+ONCE = ("resume", "eval", "eval_first", "dry_run", "overwrite", "target_top1", "target_bits")
 
 
 def check(name: str, value, ok: bool, allowed: str):
@@ -389,11 +390,9 @@ def parse(
         sys.exit(_exit_line(error))
 
 
-def planned_epochs(
-    description: str, argv: list[str] | None = None, kind: type = Config, goes_on: dict | None = None
-) -> int | None:
-    """Epochs of the configuration file, or of the run to go on with, where the command line `argv` gives others and
-    leaves the target as it is; else None."""
+def planned_epochs(description: str, argv: list[str] | None = None, kind: type = Config) -> int | None:
+    """Epochs of the configuration file, where the command line `argv` gives others and leaves the target as it is;
+    else None."""
     parser, words = _parser(description, argv, kind)
     files, line = [], []
     while words:
@@ -405,7 +404,7 @@ def planned_epochs(
     given = vars(parser.parse_args(line, defaults=False))
     if "epochs" not in given or any(name.startswith("target_") for name in given):
         return None
-    return parser.parse_args(files, defaults=False).get("epochs") if files else (goes_on or {}).get("epochs")
+    return parser.parse_args(files, defaults=False).get("epochs")
 
 
 def flat(tree: dict, prefix: str = ""):

@@ -48,9 +48,8 @@ def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | No
                 saved = checkpoint.load(about.eval)
             except (ValueError, OSError) as error:
                 return _refuse(error)
-        goes_on = _goes_on(about)
-        config = parse(title, argv, kind, saved, goes_on)
-        planned = planned_epochs(title, argv, kind, goes_on)
+        config = parse(title, argv, kind, saved, _goes_on(about))
+        planned = planned_epochs(title, argv, kind)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         code = _main(task, config, stop, blocks, saved, planned)

@@ -260,6 +260,7 @@ def test_a_shortened_run_may_miss_the_target_of_its_configuration(tmp_path, caps
     assert script.main(short) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("note: top-1 accuracy ") and last.endswith("which was set for 2 epochs; these were 1")
+    assert script.main(["--resume", str(tmp_path / "short" / "last.pt"), "--epochs", "2"]) == 0  # has no target
     for more in (["--epochs", "1", "--target_top1", "99.5"], []):  # a target of one's own, and all epochs
         assert script.main([*argv, *more, "--output", str(tmp_path / f"{len(more)}")]) == 1
         assert "is below the target 99.50 %" in capsys.readouterr().err
