@@ -11,6 +11,7 @@ from vision_attn import Gate, OnTokens, create_block, create_layer
 from vision_attn.hooks import Behind
 from vision_attn.zoo import block_class, name_of, taken_apart
 
+from .added import spare_tables
 from .grids import grid_source
 from .hosts import input_size_of, last_of, options_within, refuse_wrapped, resolve, stages
 from .places import offers, places
@@ -92,4 +93,4 @@ def insert(
     for target, layer, behind in ready:  # all of them or, where one can't be made, none
         target.add_module(child, layer.train(model.training))
         target.register_forward_hook(behind)
-    return model
+    return spare_tables(model)

@@ -23,6 +23,7 @@ from vision_attn import Grid, Mixer, create_block, create_layer
 from vision_attn.hooks import InTuple
 from vision_attn.zoo import block_class, name_of, taken_apart
 
+from .added import spare_tables
 from .grids import embeddings, grid_source
 from .hosts import (
     also_called,
@@ -140,6 +141,7 @@ def replace(
         model.set_submodule(name, new.train(model.training))
         fresh = [key for key in new.state_dict() if key not in copied]
         done.append([[f"{name}.{key}" for key in keys] for keys in (copied, fresh, unused)])
+    spare_tables(model)
     report = Report(model, *(tuple(sum(part, [])) for part in zip(*done)))
     _logger.info("replaced %d attentions by %s\n%s", len(names), block, report)
     return report

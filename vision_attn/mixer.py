@@ -43,6 +43,7 @@ class Mixer(Leaf):
     not_causal = ""  # why causal=True is refused, where it is
     causal = False  # whether nothing is seen that comes later in raster order
     averages = True  # whether weights are ≥ 0 and each token's sum to 1
+    undecayed: tuple[str, ...] = ()  # parameters that weight decay leaves alone: learned tokens, tables over positions
     projects = "qkv"  # what is made of the input; what is not, `mix` and `weights` get without channels
 
     def __init__(

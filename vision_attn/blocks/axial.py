@@ -41,6 +41,8 @@ from ..precision import at_least_float32
 class Along(PatternMixer):
     """Attention along one axis, with relative positions if ``length`` is given."""
 
+    undecayed = ("relative",)
+
     def __init__(self, axis, length, out_proj, dim, num_heads, *, device=None, dtype=None, **mixer):
         super().__init__((Column(), Row())[axis], dim, num_heads, device=device, dtype=dtype, **mixer)
         self.axis, self.length = axis, length

@@ -39,6 +39,7 @@ class Block(Mixer):
     """
 
     not_causal = "the global tokens read the whole image"
+    undecayed = ("forms", "of_windows", "of_pixels")
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class Block(Mixer):
     """
 
     not_causal = "the memory reads the whole image"
+    undecayed = ("memory",)
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ class Block(Mixer):
     """
 
     not_causal = "the points look at the whole image"
+    undecayed = ("queries", "points")
 
     def __init__(
         self, dim, num_heads=None, *, points: int = 32, attn_drop: float = 0.0, device=None, dtype=None, **mixer

@@ -45,6 +45,8 @@ class Block(Mixer):
         ValueError: an argument is out of range.
     """
 
+    undecayed = ("memory",)
+
     def __init__(
         self,
         dim,

@@ -65,6 +65,7 @@ class Block(Mixer):
     """
 
     averages = False
+    undecayed = ("null",)
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class Block(Mixer):
     """
 
     averages = False
+    undecayed = ("sigma",)
 
     def __init__(
         self,
