@@ -12,7 +12,7 @@ NUMBER = re.compile(r"arxiv\.org/\w+/(\d{4}\.\d{5})")
 PAPERS = {
     "1512.03385": ("He", "ResNet", "Deep Residual Learning for Image Recognition"),
     "1706.03762": ("Vaswani", "Transformer", "Attention Is All You Need"),
-    "1707.04585": ("Gomez", "Reversible", "The Reversible Residual Network: Backpropagation Without Storing Activations"),
+    "1707.04585": ("Gomez", "RevNet", "The Reversible Residual Network: Backpropagation Without Storing Activations"),
     "1801.10198": ("Liu", "T-DMCA", "Generating Wikipedia by Summarizing Long Sequences"),
     "1805.00631": ("Zhang", "AAN", "Accelerating Neural Transformer via an Average Attention Network"),
     "1807.06521": ("Woo", "CBAM", "CBAM: Convolutional Block Attention Module"),
