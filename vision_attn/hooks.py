@@ -237,7 +237,7 @@ def of_grid(x: Tensor, prefix: int, grid: Grid) -> Tensor:
 def without_masks(x: Tensor, masks: list, block: str) -> Tensor:
     """``x``; ValueError if a mask comes with it."""
     if any(mask is not None and mask is not False for mask in masks):
-        raise ValueError(f"attn_mask, attention_mask and is_causal: {block} takes none, its pattern is its own")
+        raise ValueError(f"attention_mask, attn_mask and is_causal: {block} takes none of them, its pattern is its own")
     return x
 
 

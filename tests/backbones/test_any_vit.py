@@ -407,7 +407,7 @@ def test_masks_that_come_later_are_refused():
     backbones.replace(model, "dense")
     for layer in model.encoder.layer:
         layer(torch.randn(2, 50, 48).double() + 0 * answer(model, x).sum(), None, False)
-        with pytest.raises(ValueError, match="attention_mask and is_causal: vision_attn.blocks.dense takes none"):
+        with pytest.raises(ValueError, match="attention_mask, attn_mask and is_causal: vision_attn.blocks.dense takes"):
             layer(torch.randn(2, 50, 48).double(), torch.ones(50, 50))
 
 
