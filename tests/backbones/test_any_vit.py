@@ -304,8 +304,11 @@ def test_a_grid_that_is_none_is_refused(add):
     for told in ("encoder", "embeddings.patch_embeddings", "nothing"):
         with pytest.raises(ValueError, match=f"grid='{told}': must be .*: embeddings.patch_embeddings.projection$"):
             add(JoinedViT(), MIXERS[0], "encoder.layer.*", grid=told)
-    with pytest.raises(ValueError, match=r"gives 50 tokens, but a block of this ViT must give 0 \+ 14×14"):
-        add(JoinedViT(), MIXERS[0], "encoder.layer.*", grid=lambda x: (14, 14))
+    for told, size in ((14, 14), (3, 7)):
+        with pytest.raises(ValueError, match=f"gives {told}×{size} positions, but there are 50 tokens .* makes 49$"):
+            add(JoinedViT(), MIXERS[0], "encoder.layer.*", grid=lambda x: (told, size))  # noqa: B023
+    with pytest.raises(ValueError, match="gives 14×14 positions, but there are 50 tokens at encoder.layer.0[a-z.]*$"):
+        add(Shuffled(torch.arange(49, -1, -1)), MIXERS[0], "encoder.layer.*", grid=lambda x: (14, 14))
 
 
 class Shuffled(JoinedViT):

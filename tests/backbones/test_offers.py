@@ -128,7 +128,10 @@ def test_what_gives_maps_or_tokens_is_offered(host, at):
     assert not layers(model)
 
 
-@pytest.mark.parametrize("host, at", [(host, at) for host, (_, offered) in OFFERED.items() for at in offered])
+@pytest.mark.parametrize(
+    "host, at",
+    [(host, at) for host, (_, offered) in OFFERED.items() for at in offered[: 1 if host == "wrapped" else None]],
+)
 def test_what_is_offered_works(host, at):
     model, x = alive(OFFERED[host][0]()).eval(), torch.randn(2, *size_of(host))
     wanted = copy.deepcopy(model)(x)
