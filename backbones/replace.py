@@ -145,8 +145,12 @@ def replace(
 
 
 def _what_there_is(model: nn.Module) -> str:
-    """What in the model is called attention, of a kind that can't be replaced."""
-    named = [f"{n} ({type(m).__name__})" for n, m in model.named_modules() if n and CALLED_SO.search(type(m).__name__)]
+    """What in the model is called attention, of a kind that can't be replaced: the first of each class."""
+    kinds: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if name and CALLED_SO.search(kind := type(module).__name__):
+            kinds.setdefault(kind, []).append(name)
+    named = [f"{n} ({kind}{f', and {len(more)} more' if more else ''})" for kind, (n, *more) in kinds.items()]
     return f"; what is called attention in it is of another kind: {', '.join(named)}" if named else ""
 
 
