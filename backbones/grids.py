@@ -39,19 +39,22 @@ def grid_source(
         source = _new_source(model, tokens, grid, size)
     elif grid not in (None, source.told_by):
         raise ValueError(f"grid={grid!r}: this model's grids come from {source.told_by!r} already")
+    embeds = embeddings(model)
     if None not in tokens.values():
-        there = source.told_in(lambda: observe(model, [], _zeros(model, 1, size)))
+        if len(embeds) == 1:
+            there = Grid(*model.get_submodule(embeds[0]).dynamic_feat_size(size[1:]))
+        else:
+            there = source.told_in(lambda: observe(model, [], _zeros(model, 1, size)))
         for name, count in tokens.items():
             if count != source.num_prefix_tokens + there.size:
                 raise ValueError(
                     f"at={name!r}: {name} gives {count} tokens, but a block of this ViT must give "
                     f"{source.num_prefix_tokens} + {there.height}×{there.width}"
                 )
-    of_timm = embeddings(model)
     for holder in dict.fromkeys(holder for name in tokens for holder in (*holders(name), "")):
         if isinstance(chain := model.get_submodule(holder), (nn.ModuleList, nn.Sequential)):
             for block in chain:
-                for part in [block] if of_timm else [block, *block.children()]:  # others may checkpoint its forward
+                for part in [block] if embeds else [block, *block.children()]:  # others may checkpoint its forward
                     source.follow(part)
     return source
 
@@ -64,17 +67,14 @@ def embeddings(model: nn.Module) -> list[str]:
 
 def is_told(model: nn.Module, tokens: dict[str, int], size: tuple[int, int, int]) -> bool:
     """Whether the grid of the tokens, of which there are so many at the named places, is said or seen."""
-    try:
-        return bool(embeddings(model) or _seen(model, tokens, None, size))
-    except ValueError:
-        return False
+    return bool(embeddings(model) or _found(model, *next(iter(tokens.items())), size))
 
 
 def _new_source(model: nn.Module, tokens: dict, grid, size) -> GridSource:
+    at, count = next(iter(tokens.items()))
     embeds = embeddings(model)
     if callable(grid):
-        positions = Grid.of(tuple(map(int, grid(_zeros(model, 1, size))))).size
-        source = GridSource(max(0, next(iter(tokens.values())) - positions), grid)
+        source = _by_images(model, at, count, grid, size)
     elif grid in embeds or (grid is None and len(embeds) == 1):
         (grid,) = embeds if grid is None else (grid,)
         vit = model.get_submodule(grid.rpartition(".")[0])
@@ -84,7 +84,12 @@ def _new_source(model: nn.Module, tokens: dict, grid, size) -> GridSource:
             )
         source = GridSource(getattr(vit, "num_prefix_tokens", 0), grid)
     else:
-        source = _seen(model, tokens, grid, size)
+        source = _by_name(model, at, count, grid, size) if grid else _found(model, at, count, size)
+    if source is None:
+        raise ValueError(
+            f"at={at!r}: gives tokens, and no part of {type(model).__name__} is seen to make them of a map, position "
+            "by position; give grid, a function of the images that gives (height, width)"
+        )
     model.register_forward_pre_hook(source.begin)
     model.register_forward_hook(source.end, always_call=True)
     if callable(source.told_by):
@@ -97,28 +102,45 @@ def _new_source(model: nn.Module, tokens: dict, grid, size) -> GridSource:
     return source
 
 
-def _seen(model: nn.Module, tokens: dict, grid: str | None, size) -> GridSource:
-    """The source of grids at the first module that is seen to make the patches, ``grid`` if that is one."""
-    at, count = next(iter(tokens.items()))
+def _by_images(model: nn.Module, at: str, count: int, grid: Callable, size) -> GridSource:
+    told, found = Grid.of(tuple(map(int, grid(_zeros(model, 1, size))))), _found(model, at, count, size)
+    prefix = count - told.size
+    if prefix < 0 or (found and prefix != found.num_prefix_tokens):
+        made = f", of which {found.told_by} makes {count - found.num_prefix_tokens}" if found else ""
+        raise ValueError(
+            f"grid={grid!r}: gives {told.height}×{told.width} positions, but there are {count} tokens at {at}{made}"
+        )
+    return GridSource(prefix, grid)
+
+
+def _by_name(model: nn.Module, at: str, count: int, grid: str, size) -> GridSource:
     maps = _maps(model, count, size)
-    if grid is not None and grid not in maps:
+    if grid not in maps:
         raise ValueError(
             f"grid={grid!r}: must be a function of the images, or the name of a module that gives a map (B, C, height, "
             f"width) of at most {count} positions: {', '.join(maps) or 'there is none'}"
         )
-    unseen = like(model)["device"].type == "meta"  # no numbers tell: a name is believed, none is found
-    for name in [grid] if grid else [] if unseen else maps:
-        if unseen or _become_tokens(model, name, maps[name], at, count, size):
-            return GridSource(count - maps[name].size, name)
-    if grid is not None:
+    there = maps[grid]
+    if not _is_meta(model) and not _become_tokens(model, grid, there, at, count, size):
         raise ValueError(
-            f"grid={grid!r}: its map of {maps[grid].height}×{maps[grid].width} positions does not become the last of "
-            f"the {count} tokens at {at}, row by row"
+            f"grid={grid!r}: its map of {there.height}×{there.width} positions does not become the last of the {count} "
+            f"tokens at {at}, row by row"
         )
-    raise ValueError(
-        f"at={at!r}: gives tokens, and no part of {type(model).__name__} is seen to make them of a map, position by "
-        "position; give grid, a function of the images that gives (height, width)"
-    )
+    return GridSource(count - there.size, grid)
+
+
+def _found(model: nn.Module, at: str, count: int, size) -> GridSource | None:
+    """The source of grids at the first module that is seen to make the patches."""
+    if _is_meta(model):
+        return None
+    for name, there in _maps(model, count, size).items():
+        if _become_tokens(model, name, there, at, count, size):
+            return GridSource(count - there.size, name)
+    return None
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return like(model)["device"].type == "meta"  # no numbers tell: a name is believed, none is found
 
 
 def _maps(model: nn.Module, most: int, size) -> dict[str, Grid]:

@@ -27,8 +27,10 @@ def resolve(
         hits = [name for name in among if name and pattern is not None and matches(pattern, name, inside)]
         if not hits:
             listed = ", ".join(could) or ", ".join(offers()) or "nothing: it gives no maps and no tokens"
-            lost = f"at={pattern!r}: matches no module of" if pattern is not None else f"at={at!r}: nowhere to go in"
-            raise ValueError(f"{lost} {type(model).__name__}; what could match: {listed}")
+            kind = type(model).__name__
+            lost = f"at={at!r}: {kind} lists no stages" if at is None else f"at={at!r}: names no module of {kind}"
+            lost = lost if pattern is None else f"at={pattern!r}: matches no module of {kind}"
+            raise ValueError(f"{lost}; what could match: {listed}")
         found += hits
     return [name for name in among if name in found]
 

@@ -41,7 +41,8 @@ def insert(
             read: it changes patch tokens, and nothing would read them. What a wildcard matches that gives neither a
             map nor tokens, as a head that gives a list, is passed over; a name in full is not.
         init_gain: 0 starts as identity, 1 as the block was published.
-        input_size: (channels, height, width) of an image the model takes; None: what the model says.
+        input_size: (channels, height, width) of an image the model takes; None: what the model says. (torchvision's ViT
+            takes one size, `any_size` lets it take others; Hugging Face's want ``interpolate_pos_encoding=True``.)
         grid: where the grid of a ViT's tokens comes from: the name of the module that gives the patches as a map
             (B, C, height, width), or a function of the images (B, channels, H, W) that gives (height, width), at
             the top of a module if the model is to be pickled. None: timm's patch embedding, or such a module where one

@@ -258,7 +258,7 @@ def _lost_when_fused(model: nn.Module, names: list[str], size: tuple[int, int, i
         was, now = observe(plain, same, image), observe(fused, same, image)
     except Exception:  # whatever the host raises: nobody fuses it as it is
         return lost
-    kept = {name for name in same if len(was[name]) == len(now[name]) and all(map(close, was[name], now[name]))}
+    kept = {name for name in same if len(was[name]) == len(now[name]) and all(map(_close, was[name], now[name]))}
     return lost | (set(names) - kept)
 
 
@@ -275,7 +275,7 @@ def _fuse(model: nn.Module) -> nn.Module:
     return reparameterize_model(model, inplace=True)
 
 
-def close(a, b) -> bool:
+def _close(a, b) -> bool:
     """Whether two outputs are equal but for rounding; what is no tensor of such numbers is not compared."""
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in (a, b)):
         return True

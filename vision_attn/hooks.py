@@ -153,8 +153,11 @@ class GridSource:
         named = {**dict(enumerate(args)), **kwargs}
         x = next(iter(named.values()))
         others = {name: value for name, value in named.items() if value is not x}
-        masks = [v for name, v in others.items() if isinstance(name, int) or "mask" in name or name == "is_causal"]
-        return self.with_grid(without_masks(x, masks, type(mixer).__module__)), {}
+        unnamed = [other for name, other in others.items() if isinstance(name, int) and hasattr(other, "shape")]
+        masks = [
+            v for name, v in others.items() if not isinstance(name, int) and ("mask" in name or name == "is_causal")
+        ]
+        return self.with_grid(without_masks(x, unnamed + masks, type(mixer).__module__)), {}
 
     def with_grid(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Tokens ``x`` and their grid; ValueError where it is not known."""
@@ -237,7 +240,7 @@ def of_grid(x: Tensor, prefix: int, grid: Grid) -> Tensor:
 def without_masks(x: Tensor, masks: list, block: str) -> Tensor:
     """``x``; ValueError if a mask comes with it."""
     if any(mask is not None and mask is not False for mask in masks):
-        raise ValueError(f"attn_mask, attention_mask and is_causal: {block} takes none, its pattern is its own")
+        raise ValueError(f"attention_mask, attn_mask and is_causal: {block} takes none of them, its pattern is its own")
     return x
 
 

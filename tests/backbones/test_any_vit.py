@@ -304,8 +304,11 @@ def test_a_grid_that_is_none_is_refused(add):
     for told in ("encoder", "embeddings.patch_embeddings", "nothing"):
         with pytest.raises(ValueError, match=f"grid='{told}': must be .*: embeddings.patch_embeddings.projection$"):
             add(JoinedViT(), MIXERS[0], "encoder.layer.*", grid=told)
-    with pytest.raises(ValueError, match=r"gives 50 tokens, but a block of this ViT must give 0 \+ 14×14"):
-        add(JoinedViT(), MIXERS[0], "encoder.layer.*", grid=lambda x: (14, 14))
+    for told, size in ((14, 14), (3, 7)):
+        with pytest.raises(ValueError, match=f"gives {told}×{size} positions, but there are 50 tokens .* makes 49$"):
+            add(JoinedViT(), MIXERS[0], "encoder.layer.*", grid=lambda x: (told, size))  # noqa: B023
+    with pytest.raises(ValueError, match="gives 14×14 positions, but there are 50 tokens at encoder.layer.0[a-z.]*$"):
+        add(Shuffled(torch.arange(49, -1, -1)), MIXERS[0], "encoder.layer.*", grid=lambda x: (14, 14))
 
 
 class Shuffled(JoinedViT):
@@ -378,6 +381,11 @@ REFUSED = {
     "tokens first": (lambda: of_torch(batch_first=False), lambda attn, x: attn(x, x, x)[0], "batch_first=False"),
     "not called": (of_torch, lambda attn, x: x + attn.in_proj_bias[:48], "is called 0 times"),
     "twice": (of_torch, lambda attn, x: attn(*[attn(x, x, x)[0]] * 3)[0], "is called 2 times"),
+    "windows": (
+        of_torch,
+        lambda attn, x: attn(*[x.reshape(-1, 7, 48)] * 3)[0],
+        r"is called with \(7, 7, 48\), not with the tokens",
+    ),
     "cosines": (Cosines, lambda attn, x: attn(x), "gives something else than softmax"),
 }
 
@@ -389,6 +397,30 @@ def test_attention_of_another_kind_is_refused(kind):
     with pytest.raises(ValueError, match=f"at='attention': .*{why}"):
         backbones.replace(model, "dense", input_size=(3, 28, 28))
     assert not isinstance(model.attention, Mixer)
+
+
+class Sized(nn.Module):
+    """Attention that is told the grid, as in pyramids."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj, self.scale = 3, nn.Linear(48, 144), nn.Linear(48, 48), scale
+
+    def forward(self, x, height, width):
+        q, k, v = (part.unflatten(2, (3, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale / 4)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def test_attention_of_ones_own_that_is_told_the_grid():
+    model, x = Attends(Sized(), lambda attn, x: attn(x, 7, 7)).double(), images(*OWN)
+    wanted = model(x)
+    report = backbones.replace(model, "dense", input_size=(3, *OWN))
+    assert len(report.copied) == 4 and not report.new and not report.unused
+    close(model(x), wanted)
+    other = Attends(Sized(scale=1.1), lambda attn, x: attn(x, 7, 7))
+    with pytest.raises(ValueError, match="gives something else than softmax"):
+        backbones.replace(other, "dense", input_size=(3, *OWN))
 
 
 def test_encoders_of_torch_are_refused_by_name():
@@ -407,7 +439,7 @@ def test_masks_that_come_later_are_refused():
     backbones.replace(model, "dense")
     for layer in model.encoder.layer:
         layer(torch.randn(2, 50, 48).double() + 0 * answer(model, x).sum(), None, False)
-        with pytest.raises(ValueError, match="attention_mask and is_causal: vision_attn.blocks.dense takes none"):
+        with pytest.raises(ValueError, match="attention_mask, attn_mask and is_causal: vision_attn.blocks.dense takes"):
             layer(torch.randn(2, 50, 48).double(), torch.ones(50, 50))
 
 

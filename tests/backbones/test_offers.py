@@ -120,14 +120,18 @@ def size_of(host):
 @pytest.mark.parametrize("at", [None, "nowhere.*"])
 def test_what_gives_maps_or_tokens_is_offered(host, at):
     make, wanted = OFFERED[host]
-    model, said = make(), "nowhere to go in" if at is None else "matches no module of"
-    with pytest.raises(ValueError, match=re.escape(f"at={at!r}: {said} ")) as raised:
+    model = make()
+    said = f"{type(model).__name__} lists no stages" if at is None else f"matches no module of {type(model).__name__}"
+    with pytest.raises(ValueError, match=re.escape(f"at={at!r}: {said}; what could match: ")) as raised:
         backbones.insert(model, GATES[0], at, input_size=size_of(host))
     assert str(raised.value).partition("what could match: ")[2].split(", ") == wanted
     assert not layers(model)
 
 
-@pytest.mark.parametrize("host, at", [(host, at) for host, (_, offered) in OFFERED.items() for at in offered])
+@pytest.mark.parametrize(
+    "host, at",
+    [(host, at) for host, (_, offered) in OFFERED.items() for at in offered[: 1 if host == "wrapped" else None]],
+)
 def test_what_is_offered_works(host, at):
     model, x = alive(OFFERED[host][0]()).eval(), torch.randn(2, *size_of(host))
     wanted = copy.deepcopy(model)(x)

@@ -179,9 +179,11 @@ class PSABlock(nn.Module):
 
 
 def test_replace_tells_what_attention_there_is():
-    model = Network([*ROWS, (PSABlock, ())])
+    one, two = (Network([*ROWS, *[(PSABlock, ())] * count]) for count in (1, 2))
     with pytest.raises(ValueError, match=r"no attention that can be replaced; .* another kind: model\.4 \(PSABlock\)$"):
-        backbones.replace(model, "dense", input_size=SIZE)
+        backbones.replace(one, "dense", input_size=SIZE)
+    with pytest.raises(ValueError, match=r"another kind: model\.4 \(PSABlock, and 1 more\)$"):
+        backbones.replace(two, "dense", input_size=SIZE)
     with pytest.raises(ValueError, match="^model=Yolo: has no attention that can be replaced$"):
         backbones.replace(Yolo(), "dense", input_size=SIZE)
 
