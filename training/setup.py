@@ -128,9 +128,6 @@ def create_state(
     new = blocks.new_parameters(model) if optim.new_lr_scale else set()
     if optim.new_lr_scale and not new:
         raise ValueError(f"optim.new_lr_scale is {optim.new_lr_scale}, but no block brought parameters to the model")
-    groups = parameter_groups(config, model, new)
-    if not groups:
-        raise ValueError(f"optim.only {optim.only}: leaves nothing to train")
     ema = None
     if optim.ema is not None:  # one by one where weights in pieces stand beside whole buffers
         ema = ModelEmaV3(model, decay=optim.ema, use_warmup=True, foreach=not spread)
@@ -140,6 +137,9 @@ def create_state(
         if config.compile:
             network.compile()
     objective = Objective(model, loss)
+    groups = parameter_groups(config, model, new)  # of parameters as they are now, spread or not
+    if not groups:
+        raise ValueError(f"optim.only {optim.only}: leaves nothing to train")
     try:
         optimizer = create_optimizer_v2(
             groups, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum, **optim.args
