@@ -78,7 +78,7 @@ OPTIONS = {
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
     "nystrom": [{}, {"cells": (2, 3), "iterations": 5}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
-    "permutohedral": [{}, {"features": 2, "normalize": False}],
+    "permutohedral": [{}, {"features": 2}],
     "prob_sparse": [{}, {"factor": 2, "cells": (2, 3)}],
     "product_keys": [
         {"keys": 5, "nearest": 7, "key_dim": 10},
