@@ -25,6 +25,7 @@ PAPERS = {
     "1904.10509": ("Child", "Sparse Transformer", "Generating Long Sequences with Sparse Transformers"),
     "1904.11492": ("Cao", "GCNet", "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond"),
     "1905.07799": ("Sukhbaatar", "Adaptive Attention Span", "Adaptive Attention Span in Transformers"),
+    "1905.10308": ("Calian", "SCRAM", "SCRAM: Spatially Coherent Randomized Attention Maps"),
     "1906.05909": ("Ramachandran", "SASA", "Stand-Alone Self-Attention in Vision Models"),
     "1907.00641": ("Joutard", "PAM", "Permutohedral Attention Module for Efficient Non-Local Neural Networks"),
     "1907.05242": ("Lample", "Large Memory Layers", "Large Memory Layers with Product Keys"),

@@ -17,7 +17,8 @@ What is seen changes in steps: a vertex that a pixel just leaves no longer passe
 are in at least float32, but near such borders half precision of the features may see other vertices.
 Deviations: tables are of each image and head (the code: of the batch, and the blur passes through vertices that only
 other images touch). Rows are divided by their sums (``normalize=False``: by 1 + 2^-d, as in the code, and grow with the
-density of pixels). 4 features (the code: 9). The code's factor on r, drawn from N(0, 1), is part of U.
+density of pixels, which float16 may not hold). 4 features (the code: 9). The code's factor on r, drawn from N(0, 1), is
+part of U.
 """
 
 import itertools

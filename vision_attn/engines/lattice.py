@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..traced import fixed, is_passing
+from ..traced import fixed, is_passing, is_traced
 
 LIMIT = 1e5  # of features: beyond, neighbours in float32 are further apart than vertices
 
@@ -27,6 +27,8 @@ def filtered(f: Float[Tensor, "b N d"], v: Float[Tensor, "b N c"]) -> Float[Tens
     """
     weights, keys, steps = simplex(f)
     values = v.flatten(0, 1)
+    if not is_traced() and f.numel() == 0:
+        return v * f.sum()  # nothing
     if is_passing(f.device) or f.is_meta:
         out = _of_any_size(values, weights, keys, steps)
     else:
@@ -50,7 +52,7 @@ def simplex(
                 rank[i], rank[j] = rank[i] + (1 - later), rank[j] + later
         near = near.to(torch.long)
         rank = torch.stack(rank) + _total(near)
-        around = torch.div(rank, d + 1, rounding_mode="floor")  # those that are on their way to the sum of 0
+        around = (rank > d).to(torch.long) - (rank < 0).to(torch.long)  # those that move, to make the sum 0
         rank, near = rank - (d + 1) * around, near - around
     y = u / (d + 1) - near.to(u.dtype)
     y = torch.zeros_like(y).scatter(0, rank, y)  # the largest first
@@ -73,7 +75,7 @@ def embedding(f: Float[Tensor, "b N d"]) -> Float[Tensor, "coordinates bN"]:
     """Points of the plane of sum 0, scaled so that splat, blur and slice together have a deviation of 1 feature."""
     d = fixed(f.shape[-1])
     scale = math.sqrt(2 / 3) * (d + 1)
-    f = f.clamp(-LIMIT, LIMIT)
+    f = f.clamp(-LIMIT, LIMIT).nan_to_num(0.0)  # what is no number would be nowhere, ranks out of range
     f = [f[..., i].flatten() * (scale / math.sqrt((i + 1) * (i + 2))) for i in range(d)]
     after = 0.0
     u = []
@@ -110,7 +112,7 @@ def signed(x: int) -> int:
 def _vertices(keys, steps):
     """What `Filter` needs to know of M vertices; the row behind them is nobody's, and 0."""
     points = keys.shape[1]
-    keys, order = keys.flatten().sort(stable=True)  # in which sums are taken
+    keys, order = keys.flatten().sort(stable=True)  # sums are taken in this order
     new = torch.cat([torch.ones_like(keys[:1], dtype=torch.bool), keys[1:] != keys[:-1]])
     slot = torch.empty_like(order).scatter(0, order, new.cumsum(0) - 1)
     first = new.nonzero()[:, 0]
@@ -124,36 +126,33 @@ def _vertices(keys, steps):
         down[count] = count  # where those have come that have none above
         beside.append(torch.stack([own, up, down], dim=1))
     ends = torch.cat([first, torch.full_like(first[:1], len(order))])
-    return slot.reshape(-1, points).t().contiguous(), order, ends, torch.stack(beside)
+    return slot.reshape(-1, points).t().contiguous(), order, order % points, ends, torch.stack(beside)
 
 
 class Filter(torch.autograd.Function):
     """Splat, blur, slice, each a weighted sum of rows; keeps values, weights and the blurred table."""
 
     @staticmethod
-    def forward(ctx, v, weights, slots, order, ends, beside):
-        table = _blurred(_splat(v, weights, order, ends), beside)
-        ctx.save_for_backward(v, weights, table, slots, order, ends, beside)
+    def forward(ctx, v, weights, slots, order, token, ends, beside):
+        table = _blurred(_splat(v, weights, order, token, ends), beside)
+        ctx.save_for_backward(v, weights, table, slots, order, token, ends, beside)
         return _slice(table, weights, slots)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, slope):
-        v, weights, table, slots, order, ends, beside = ctx.saved_tensors
+        v, weights, table, slots, order, token, ends, beside = ctx.saved_tensors
         slope = slope.contiguous()
-        back = _blurred(_splat(slope, weights, order, ends), beside.flip(0))
+        back = _blurred(_splat(slope, weights, order, token, ends), beside.flip(0))
         with torch.enable_grad():  # torch has the dot products of rows, as the gradient of a sum's weights
             weights = weights.detach().requires_grad_()
             of_v, again = _slice(back, weights, slots), _slice(table, weights, slots)
-            (of_weights,) = torch.autograd.grad([of_v, again], [weights], [v, slope])
-        return of_v.detach(), of_weights, None, None, None, None
+            (of_weights,) = torch.autograd.grad([of_v, again], weights, [v, slope])
+        return of_v.detach(), of_weights, None, None, None, None, None
 
 
-def _splat(v, weights, order, ends):
-    points = len(v)
-    token = order % points
-    some = weights.t().reshape(-1)[order]
-    return F.embedding_bag(token, v, ends, per_sample_weights=some, mode="sum")
+def _splat(v, weights, order, token, ends):
+    return F.embedding_bag(token, v, ends, per_sample_weights=weights.t().reshape(-1)[order], mode="sum")
 
 
 def _blurred(table, beside):
