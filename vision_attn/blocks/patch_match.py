@@ -11,8 +11,8 @@ others and the match so far. Draws are a hash of place, round and ``seed``: the 
 The window is moved inwards at the border. Gradients flow through it; the search has none.
 What is found: where keys are alike nearby, as in images, most matches are right after four rounds. On a map of 64×64
 that is smooth over 8 pixels the best of all 4,096 keys is in the window of 84 % of pixels, on one smooth over 4 of
-42 %, and on independent noise of 1 %, by chance. But the window is no dense attention: even the best nine keys hold a quarter
-of the weight of a soft map. It is for peaked ones; ``qk_norm`` and a larger ``scale`` make them so.
+42 %, and on independent noise of 1 %, by chance. But the window is no dense attention: even the best nine keys hold a
+quarter of the weight of a soft map. It is for peaked ones; ``qk_norm`` and a larger ``scale`` make them so.
 With ``causal=True`` offers come from the left and from above alone, and what is not past in the window is not seen:
 later pixels change no bit of what earlier ones get. Prefix tokens see all and are seen by all.
 Deviations: of the paper only the abstract could be read: PatchMatch for the best key, then a sparse approximation
