@@ -153,11 +153,12 @@ class GridSource:
         named = {**dict(enumerate(args)), **kwargs}
         x = next(iter(named.values()))
         others = {name: value for name, value in named.items() if value is not x}
-        unnamed = [other for name, other in others.items() if isinstance(name, int) and hasattr(other, "shape")]
         masks = [
-            v for name, v in others.items() if not isinstance(name, int) and ("mask" in name or name == "is_causal")
+            value
+            for name, value in others.items()
+            if (hasattr(value, "shape") if isinstance(name, int) else "mask" in name or name == "is_causal")
         ]
-        return self.with_grid(without_masks(x, unnamed + masks, type(mixer).__module__)), {}
+        return self.with_grid(without_masks(x, masks, type(mixer).__module__)), {}
 
     def with_grid(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Tokens ``x`` and their grid; ValueError where it is not known."""
