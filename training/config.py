@@ -13,6 +13,7 @@ from training.command import Parser, spelled_out
 
 SOURCES = {  # what says where their images are
     "digits": (),
+    "pathfinder": (),
     "cifar10": ("dir", "download"),
     "cifar100": ("dir", "download"),
     "folder": ("dir", "train_split", "val_split", "val_share"),
@@ -87,8 +88,9 @@ class DataConfig:
     """Images.
 
     Args:
-        name: digits, cifar10, cifar100, folder, csv (images and labels in tables), hfds/NAME (Hugging Face datasets) or
-            wds (WebDataset shards); null takes folder if dir is given, else digits.
+        name: digits, pathfinder (or pathfinder/hard, pathfinder/64), cifar10, cifar100, folder, csv (images and labels
+            in tables), hfds/NAME (Hugging Face datasets) or wds (WebDataset shards); null takes folder if dir is given,
+            else digits.
         dir: where the images are: the root of cifar10, cifar100, folder, csv and wds; the cache of hfds.
         download: let cifar10 and cifar100 be downloaded into dir.
         train_split: a folder name, the name of a table, a split name or a shard pattern; null takes the usual names of
@@ -128,7 +130,7 @@ class DataConfig:
     def __post_init__(self):
         complete_source(self)
         kind = self.name.partition("/")[0]
-        check("data.name", self.name, kind in SOURCES, "digits, cifar10, cifar100, folder, csv, hfds/NAME or wds")
+        check("data.name", self.name, kind in SOURCES, f"{', '.join(list(SOURCES)[:-2])}, hfds/NAME or wds")
         check("data.name", self.name, kind != "hfds" or len(self.name) > len("hfds/"), "hfds/NAME, with a name")
         check("data.train_images", self.train_images, self.train_images is None or self.train_images >= 1, "at least 1")
         check("data.num_classes", self.num_classes, self.num_classes is None or self.num_classes >= 2, "at least 2")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from training.config import DataConfig
 from training.image_folder import ImageFolder, divide, endings, find_split, has_split, order, read_split, read_table
+from training.pathfinder import LEVELS, Pathfinder
 from training.shards import Shards
 
 DIGITS_SPLIT = dict(test_size=360, random_state=0)
@@ -129,6 +130,7 @@ def create_datasets(
     """The training set, the validation set, and the names of their classes.
 
     digits            see Digits
+    pathfinder/LEVEL  see pathfinder.py; easy, hard or 64, pathfinder alone is easy
     cifar10, cifar100 torchvision's, under config.dir
     folder            config.dir/train/CLASS/IMAGE and config.dir/val/CLASS/IMAGE: see image_folder.py; with val_share
                       config.dir/train/CLASS/IMAGE or config.dir/CLASS/IMAGE
@@ -158,8 +160,12 @@ def create_datasets(
         raise ValueError(f"in_chans must be 1 (grey) or 3 (colour) for images, got {in_chans}")
     if config.name == "digits":
         train, val, classes = Digits(train=True), Digits(train=False), Digits.classes
+    elif (kind := config.name.partition("/")[0]) == "pathfinder":
+        level = config.name.removeprefix("pathfinder").removeprefix("/") or "easy"
+        if level not in LEVELS:
+            raise ValueError(f"data.name must be pathfinder/LEVEL, with {', '.join(LEVELS)}, got {config.name!r}")
+        train, val, classes = Pathfinder(True, level), Pathfinder(False, level), Pathfinder.classes
     else:
-        kind = config.name.partition("/")[0]
         sources = {"cifar10": _cifar, "cifar100": _cifar, "folder": _folder, "csv": _csv, "hfds": _hfds, "wds": _wds}
         try:
             train, val, classes = sources[kind](config, known, tell, seed, alone or known is not None)
