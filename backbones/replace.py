@@ -37,6 +37,7 @@ from .hosts import (
     resolve,
     shapes_of,
 )
+from .rotary import drop, hand_on
 from .self_attention import OF_TIMM, SelfAttention, read
 
 _logger = logging.getLogger(__name__)
@@ -93,8 +94,10 @@ def replace(
 
     Returns:
         The model and the names of copied, new and unused parameters. A copied name is the block's own: ``qkv.weight``
-        may be joined of the host's ``query``, ``key`` and ``value``. What is handed to the host's attention from
-        outside (rotary positions) is unused too, by the name it has there.
+        may be joined of the host's ``query``, ``key`` and ``value``. Rotary positions of timm's EVA, DINOv3 and rope-vit
+        go on to the block, unless ``rotary`` says otherwise; in training without their random shifts. Where the block
+        refuses them, or they are of another kind, they are unused, as is what else is handed to the host's attention
+        from outside, by the name it has there.
 
     Raises:
         ValueError: there is no attention that can be replaced (what is called so is listed), ``at`` matches none (what
@@ -112,12 +115,13 @@ def replace(
     for name in names:
         if also_called(model, name):
             raise ValueError(f"at={name!r}: is also {also_called(model, name)}, which would keep the old one")
+    order = list(tokens)
     tokens = {name: tokens[name] for name in names if name in tokens}
     told = embeddings(model) and grid is None  # of others the grid must be looked for
     foreign = [name for name in tokens if not isinstance(able[name], OF_TIMM)]
     seen = foreign if told else list(tokens)
     size = input_size or (input_size_of(model) if seen or len(tokens) < len(names) else None)
-    options, done = options_within(model, options), []
+    options, done, turning = options_within(model, options), [], 0
     channels = _channels(model, [name for name in names if name not in tokens], size)
     layers = {n: _mixer_like(tokens[n], block, options) for n in tokens}
     layers |= {n: create_layer(block, channels[n], **options) for n in channels}
@@ -129,17 +133,22 @@ def replace(
     for name in names:
         new, old = layers[name], able[name]
         copied, unused = _take_over(new, old, tokens.get(name))
+        rotary = hand_on(model, old, order.index(name), new) if name in tokens and "rotary" not in options else None
+        copied += rotary or []
         if name in tokens:
             new.register_forward_pre_hook(source.give, with_kwargs=True)
         if name in calls:
-            unused += calls[name].outside
+            unused += [key for key in calls[name].outside if key != "rope" or rotary is None]
             if isinstance(calls[name].output, tuple):
                 new.register_forward_hook(InTuple(len(calls[name].output)))
-        elif getattr(model, "rope", None) is not None:
-            unused.append("rope")  # rotary positions arrive from outside, and a mixer has no use for them
+        elif getattr(model, "rope", None) is not None and rotary is None:
+            unused.append("rope")  # it arrives from outside, and this mixer has no use for it
+        turning += rotary is not None
         model.set_submodule(name, new.train(model.training))
         fresh = [key for key in new.state_dict() if key not in copied]
         done.append([[f"{name}.{key}" for key in keys] for keys in (copied, fresh, unused)])
+    if turning == len(order):
+        drop(model)
     spare_tables(model)
     report = Report(model, *(tuple(sum(part, [])) for part in zip(*done)))
     _logger.info("replaced %d attentions by %s\n%s", len(names), block, report)

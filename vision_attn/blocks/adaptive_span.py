@@ -235,7 +235,7 @@ class Near:
     """
 
     def __init__(self, block: Block, store: Store):
-        self.block, self.store = block, store
+        self.block, self.store, self.grid = block, store, store.grid
 
     @property
     def nbytes(self) -> int:

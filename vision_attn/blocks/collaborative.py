@@ -47,6 +47,8 @@ class Block(PatternMixer):
         ValueError: an argument is out of range.
     """
 
+    not_rotary = "heads share queries and keys, and weigh their channels one by one"
+
     def __init__(
         self,
         dim,

@@ -35,6 +35,7 @@ class Block(Mixer):
     """
 
     not_causal = "the points look at the whole image"
+    not_rotary = "the points have no place, and are what queries and keys are compared with"
     undecayed = ("queries", "points")
 
     def __init__(

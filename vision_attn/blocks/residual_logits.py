@@ -67,11 +67,14 @@ class Block(Sequence):
         super().__init__(*(kind(pattern, dim, num_heads, **mixer) for kind in kinds))
         self.causal = causal
 
-    def run(self, x, grid, mixes):
-        """The update of all layers, and what each mixes: its joined queries and keys, and its values."""
+    def run(self, x, grid, mixes, place=None):
+        """The update of all layers, and what each mixes: its joined queries and keys, and its values.
+
+        Of one pixel, ``x`` is that at raster index ``place`` of the grid.
+        """
         update, queries, keys, mixed = 0, [], [], []
         for layer, mix in zip(self.chain, mixes):
-            q, k, v = layer.heads(x + update, grid)
+            q, k, v = layer.heads(x + update, grid) if place is None else layer.heads_at(x + update, grid, place)
             if "q" in layer.projects:
                 queries.append(q)
                 keys.append(k)
@@ -116,13 +119,17 @@ class Block(Sequence):
         return JoinedPast(self.chain, batch, Grid.of(grid), full, device, dtype)
 
     def step(self, x, place, cache):
-        return self.run(x[:, None], Grid(1, 1), [partial(past.mix, place=place) for past in cache.layers])[0][:, 0]
+        mixes = [partial(past.mix, place=place) for past in cache.layers]
+        return self.run(x[:, None], cache.layers[0].grid, mixes, place)[0][:, 0]
 
 
 class ValueLayer(PatternMixer):
-    """A layer that makes no queries and keys, and attends by those of another."""
+    """A layer that makes no queries and keys, and attends by those of another, which may have turned them."""
 
     projects = "v"
+
+    def __init__(self, *args, rotary=None, **mixer):
+        super().__init__(*args, **mixer)
 
 
 class LayerPast(PatternCache):
