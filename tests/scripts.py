@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from training import checkpoint
@@ -99,8 +100,13 @@ def command(script, argv, processes=0):
 
 def start(script, argv, processes=0, **kwargs):
     """The script in a process group of its own."""
+    return launch(command(script, argv, processes), **kwargs)
+
+
+def launch(words, **kwargs):
+    """A command line, which finds the project and the helpers of its tests, in a process group of its own."""
     return subprocess.Popen(
-        command(script, argv, processes),
+        words,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -175,3 +181,18 @@ def gap(a, b):
         assert a.keys() == b.keys()
         return max((gap(a[key], b[key]) for key in a), default=0.0)
     return 0.0
+
+
+CLOSE = 2e-5  # after dozens of steps of AdamW, whose first steps magnify rounding
+
+
+def compare(a, b):
+    """The same run but for rounding."""
+    one, other = standing(a), standing(b)
+    for key in ("epoch", "step"):
+        assert one[key] == other[key]
+    for key in ("state_dict", "ema"):
+        assert gap(one[key], other[key]) < CLOSE, key
+    for row, same in zip(rows(a), rows(b), strict=True):
+        for name in row:
+            assert float(row[name]) == pytest.approx(float(same[name]), rel=1e-5, abs=0.3 if "top" in name else 0), name
