@@ -4,15 +4,15 @@ Calian et al. 2019, SCRAM, https://arxiv.org/abs/1905.10308
     A_u = softmax over {v : v in the window around a(u)} of q_u · k_v d^-½      a(u) ≈ argmax over v of q_u · k_v
 Cost: rounds (4 + searches) N d + 2 window² N d
 Computed: 1 ×
-a(u) starts anywhere. In each of ``rounds`` a pixel is offered, first, the matches of four pixels around it, moved by as
-much as these are away: 2^(rounds-1) pixels in the first round, half as far in each next one. Then ``searches`` places
-drawn around its own match, within the whole image, half of it, a quarter … An offer is taken if it fits better than all
-others and the match so far. Draws are a hash of place, round and ``seed``: the same for every image, size and run.
+a(u) starts as u. After one draw anywhere there are ``rounds`` rounds: four pixels around offer their matches, one after
+the other, moved by as much as they are away, 2^(rounds-1) pixels in the first round and half as far in each next one;
+then ``searches`` places are drawn around the match so far, within the whole image, half of it, a quarter … What is
+offered is taken where it fits better. Draws are a hash of place, round and ``seed``: the same for every image and run.
 The window is moved inwards at the border. Gradients flow through it; the search has none.
-What is found: where keys are alike nearby, as in images, most matches are right after four rounds. On a map of 64×64
-that is smooth over 8 pixels the best of all 4,096 keys is in the window of 84 % of pixels, on one smooth over 4 of
-42 %, and on independent noise of 1 %, by chance. But the window is no dense attention: even the best nine keys hold a
-quarter of the weight of a soft map. It is for peaked ones; ``qk_norm`` and a larger ``scale`` make them so.
+What is found: where keys are alike nearby, as in images, most matches are right after four rounds. On 64×64 pixels, of
+maps that are smooth over 8 pixels the best of all 4,096 keys is in the window of 82 % of pixels, over 4 pixels of 39 %,
+and of independent noise of 1 %, hardly more than by chance. But the window is no dense attention: even the best nine
+keys hold a small part of the weight of a soft map. It is for peaked ones: ``qk_norm`` and a larger ``scale`` help.
 With ``causal=True`` offers come from the left and from above alone, and what is not past in the window is not seen:
 later pixels change no bit of what earlier ones get. Prefix tokens see all and are seen by all.
 Deviations: of the paper only the abstract could be read: PatchMatch for the best key, then a sparse approximation
@@ -81,23 +81,23 @@ class Block(Mixer):
         prefix, wide = grid.prefix_of(q.shape[2]), at_least_float32(q)
         q, k = (t[:, :, prefix:].flatten(0, 1).to(wide) for t in (q, k))  # (b, N, d)
         search = Search(q, k, grid, self.causal)
-        draws = iter(range(2 * (1 + self.rounds * self.searches)))
-        search.begin(*((n * self.drawn(search.place, next(draws))).long() for n in grid))
+        draws = iter(self.drawn(search.place, 2 * (1 + self.rounds * self.searches)))
+        search.offer(*((n * next(draws)).long() for n in grid))
         for number in range(self.rounds):
             step = 2 ** (self.rounds - 1 - number)
             others = ((-step, -step), (-step, step)) if self.causal else ((0, step), (step, 0))
-            search.offer([search.beside(*away) for away in ((0, -step), (-step, 0), *others)])
-            moves = [
-                [(2 * self.drawn(search.place, next(draws)) - 1) * n / 2**halved for n in grid]
-                for halved in range(self.searches)
-            ]
-            search.offer([[m + move.round().long() for m, move in zip(search.match, both)] for both in moves])
+            for away in ((0, -step), (-step, 0), *others):
+                search.offer(*search.beside(*away))
+            for halved in range(self.searches):
+                moves = ((2 * next(draws) - 1) * n / 2**halved for n in grid)
+                search.offer(*(m + move.round().long() for m, move in zip(search.match, moves)))
         row, column = search.match
         return (row * grid.width + column).reshape(-1, self.num_heads, q.shape[1])
 
-    def drawn(self, place: Int[Tensor, "N"], draw: int) -> Float[Tensor, "N"]:
-        """A number in [0, 1) for each place. Not by linear steps alone: rows and columns of offers would depend."""
-        z = (place * 48271 + (draw + 1) * 69621 + self.seed % PRIME) % PRIME
+    def drawn(self, place: Int[Tensor, "N"], count: int) -> Float[Tensor, "count N"]:
+        """So many numbers in [0, 1) for each place. Linear steps alone would make rows and columns of offers depend."""
+        draw = torch.arange(1, count + 1, device=place.device)[:, None]
+        z = (place * 48271 + draw * 69621 + self.seed % PRIME) % PRIME
         for _ in range(3):
             z = (z * z + 48271 * z + 11) % PRIME
         return (z // 128).to(torch.float32) / 2**24  # as many bits as it holds
@@ -128,8 +128,9 @@ class Block(Mixer):
         """The keys around each match, and which of them are there and seen."""
         place, beside = torch.arange(grid.size, device=match.device), torch.arange(self.window, device=match.device)
         sides = []
-        for at, lines in ((match // grid.width, place // grid.width), (match % grid.width, place % grid.width)):
-            last = lines[-1]
+        match_row, row = (t // grid.width for t in (match, place))
+        match_column, column = match - match_row * grid.width, place - row * grid.width
+        for at, last in ((match_row, row[-1]), (match_column, column[-1])):
             first = torch.minimum(at - self.window // 2, last - self.window + 1).clamp(min=0)
             sides.append((first[..., None] + beside, last))
         (rows, bottom), (columns, right) = sides
@@ -156,7 +157,7 @@ class Block(Mixer):
 
 
 class Search:
-    """Matches that get better with every offer.
+    """Matches that get better with every offer; at first each query is its own.
 
     Args:
         q, k: what is compared, by products.
@@ -165,52 +166,33 @@ class Search:
     """
 
     def __init__(self, q: Float[Tensor, "b N d"], k: Float[Tensor, "b N d"], grid: Grid, causal: bool):
-        self.q, self.k, self.grid, self.causal = q, k, grid, causal
+        self.q, self.k, self.width, self.causal = q, k, grid.width, causal
         self.place = torch.arange(q.shape[1], device=q.device)
         self.row = self.place // grid.width
         self.column = self.place - self.row * grid.width
-        self.match, self.best = (self.row, self.column), None
+        self.match = [t.expand(q.shape[:2]) for t in (self.row, self.column)]
+        self.best = self.scores(*self.match)
 
-    def begin(self, row: Int[Tensor, "N"], column: Int[Tensor, "N"]) -> None:
-        """Takes the same matches in all images and heads; the query itself where they come later and may not."""
-        (row,), (column,) = self.allowed([row], [column])
-        self.match = tuple(t.expand(self.q.shape[:2]) for t in (row, column))
-        self.best = self.scores(*(t[..., None] for t in self.match))[..., 0]
+    def offer(self, row: Int[Tensor, "*b N"], column: Int[Tensor, "*b N"]) -> None:
+        """Takes a place for each query where it is better than the match so far; from outside moved to the border."""
+        row, column = (torch.minimum(t.clamp(min=0), o[-1]) for t, o in ((row, self.row), (column, self.column)))
+        score = self.scores(*(t.expand(self.q.shape[:2]) for t in (row, column)))
+        is_better = score > self.best
+        if self.causal:
+            is_better = is_better & (row * self.width + column <= self.place)
+        self.match = [torch.where(is_better, new, old) for new, old in zip((row, column), self.match)]
+        self.best = torch.where(is_better, score, self.best)
 
-    def offer(self, places: list) -> None:
-        """Takes the best of some places, each a row and a column for every query, that is better than what is known."""
-        rows, columns = self.allowed(*zip(*places))
-        rows, columns = torch.stack(rows, dim=-1), torch.stack(columns, dim=-1)
-        best, which = self.scores(rows, columns).max(dim=-1)
-        is_better = best > self.best
-        found = (t.gather(-1, which[..., None])[..., 0] for t in (rows, columns))
-        self.match = tuple(torch.where(is_better, new, old) for new, old in zip(found, self.match))
-        self.best = torch.where(is_better, best, self.best)
-
-    def beside(self, down: int, right: int):
+    def beside(self, down: int, right: int) -> list[Int[Tensor, "b N"]]:
         """The matches of the pixels ``down`` and ``right``, moved back by that; its own of one that has none there."""
         row, column = self.row + down, self.column + right
         inside = (row >= 0) & (row <= self.row[-1]) & (column >= 0) & (column <= self.column[-1])
-        there = torch.where(inside, row * self.grid.width + column, self.place)
+        there = torch.where(inside, row * self.width + column, self.place)
         moved = (t[:, there] - away for t, away in zip(self.match, (down, right)))
         return [torch.where(inside, new, old) for new, old in zip(moved, self.match)]
 
-    def allowed(self, rows, columns):
-        """The places, those outside moved to the border, those that come too late to the match so far."""
-        rows, columns = (
-            [torch.minimum(t.clamp(min=0), last[-1]) for t in some]
-            for some, last in ((rows, self.row), (columns, self.column))
-        )
-        if self.causal:
-            late = [y * self.grid.width + x > self.place for y, x in zip(rows, columns)]
-            own_rows, own_columns = self.match
-            rows = [torch.where(is_late, own_rows, y) for is_late, y in zip(late, rows)]
-            columns = [torch.where(is_late, own_columns, x) for is_late, x in zip(late, columns)]
-        return rows, columns
-
-    def scores(self, rows, columns) -> Float[Tensor, "b N places"]:
-        """q · k of each query and the places it is offered."""
-        index = rows * self.grid.width + columns
-        numbers = flat(index.flatten(1), self.q.shape[1]).reshape(-1, index.shape[2])
+    def scores(self, row: Int[Tensor, "b N"], column: Int[Tensor, "b N"]) -> Float[Tensor, "b N"]:
+        """q · k of each query and a place."""
+        numbers = flat(row * self.width + column, self.q.shape[1])[:, None]
         with outside_autocast(self.q):
-            return dots_of_rows(self.q.flatten(0, 1), self.k.flatten(0, 1), numbers).reshape(index.shape)
+            return dots_of_rows(self.q.flatten(0, 1), self.k.flatten(0, 1), numbers).reshape(row.shape)
