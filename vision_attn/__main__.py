@@ -18,7 +18,7 @@ from . import answers, cost, draw
 from .engines.route import taken_routes
 from .grid import Grid
 from .mixer import Mixer
-from .recommend import recommend
+from .recommend import in_a_sentence, recommend
 from .zoo import block_class, create_block, create_layer, describe, list_blocks, parameters
 
 BEGIN, END = "<!-- blocks: begin -->", "<!-- blocks: end -->"
@@ -91,14 +91,23 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
 
 
 def show_recommended(
-    size: Grid, dim: int, device: str, causal: bool, blocks: list[str], seconds: float, batch: int, dtype: str
+    size: Grid,
+    dim: int,
+    device: str,
+    causal: bool,
+    blocks: list[str],
+    options: list,
+    seconds: float,
+    batch: int,
+    dtype: str,
 ) -> None:
-    more = dict(batch=batch, dtype=getattr(torch, dtype), blocks=blocks, seconds=seconds)
+    more = dict(batch=batch, dtype=getattr(torch, dtype), blocks=blocks, options=dict(options), seconds=seconds)
     found = recommend(*size, dim, device, causal, **more)
     where = f"{setting(size, dim, device)}, {dtype}, {batch} image{'s' * (batch > 1)}"
     print(f"{causal * 'causal '}mixers, whole blocks, forward + backward, {where}")
-    rows = [(name, *map(digits, numbers), route) for name, *numbers, route in found]
-    columns([("", "ms", "/ dense", "MiB", "/ dense", "route"), *rows])
+    rows = [(name, str(heads), *map(digits, numbers), route) for name, heads, *numbers, route in found]
+    columns([("", "heads", "ms", "/ dense", "MiB", "/ dense", "route"), *rows])
+    print(in_a_sentence(found))
     print("as measured now; gates are left out: they do not take the place of attention")
     print("route: how its pattern was computed; dense: with the whole mask, flat: in one softmax, union: by key sets")
 
@@ -233,9 +242,7 @@ def parse(argv: list[str] | None) -> dict:
         made.add_argument("--size", type=size, default=default, metavar="HEIGHTxWIDTH", help=help)
         made.add_argument("--dim", type=int, default=dim, help=f"channels (default: {dim})")
 
-    def optional(made):
-        made.add_argument("block")
-        help = "an option of the block, as in causal=true; may be repeated"
+    def optional(made, help="an option of the block, as in causal=true; may be repeated"):
         made.add_argument(
             "--set", dest="options", type=option, action="append", default=[], metavar="NAME=VALUE", help=help
         )
@@ -247,6 +254,7 @@ def parse(argv: list[str] | None) -> dict:
     made = command("list", show_list, "names, kinds, costs and papers")
     made.add_argument("blocks", nargs="?", default="*", help="wildcard")
     made = command("show", show_looks, "what a pixel looks at; of a gate, its weight of every position")
+    made.add_argument("block")
     optional(made)
     sized(made, None, 64, "12x16; of an image's proportions, 32 along its longer side")
     made.add_argument("--query", type=query, metavar="Y,X", help="the pixel (default: the middle)")
@@ -255,11 +263,13 @@ def parse(argv: list[str] | None) -> dict:
     made.add_argument("--image", type=Path, metavar="FILE", help=help)
     made.add_argument("--seed", type=int, default=0, help="of weights and image, where they matter")
     made = command("cost", show_cost, "operations, parameters, memory and time beside dense attention")
+    made.add_argument("block")
     optional(made)
     sized(made, Grid(64, 64), 256)
     timed(made, 1.0)
     made = command("recommend", show_recommended, "time and memory of all mixers beside dense attention")
     made.add_argument("--blocks", nargs="+", default=["*"], help="names or wildcards of those to compare")
+    optional(made, "an option of each of them, as in kernel_size=5; what lacks it is left out; may be repeated")
     made.add_argument("--causal", action="store_true", help="in raster order")
     made.add_argument("--batch", type=int, default=1, help="images (default: 1)")
     types = "float32", "bfloat16", "float16", "float64"

@@ -20,6 +20,7 @@ class Measured(NamedTuple):
     """A mixer beside dense attention, both whole blocks with their projections; ratios below 1 win."""
 
     name: str
+    heads: int
     ms: float  # of forward + backward
     times_dense: float  # its time / that of dense
     mebibytes: float  # that forward + backward hold at most, beside weights and input
@@ -38,6 +39,7 @@ def recommend(
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
     blocks: str | Sequence[str | type] = "*",
+    options: dict | None = None,
     seconds: float = 10.0,
 ) -> list[Measured]:
     """Time and memory of every mixer of the zoo beside dense attention, which runs torch's fused kernel; fastest first.
@@ -59,6 +61,7 @@ def recommend(
         batch: images.
         dtype: of weights and input.
         blocks: wildcard of the blocks to compare, or several, or classes of blocks; dense is always among them.
+        options: of each of ``blocks``, beside what is said above; a block that lacks one is left out. Not of dense.
         seconds: that further rounds may take.
 
     Raises:
@@ -66,17 +69,17 @@ def recommend(
         RuntimeError: there is too little memory for dense attention.
 
     Warns:
-        UserWarning: a block is left out, because there is too little memory for it.
+        UserWarning: a block is left out, because there is too little memory for it, or it lacks one of ``options``.
     """
     for name, value in (("height", height), ("width", width), ("dim", dim), ("batch", batch)):
         check.positive_int(name, value)
     check.boolean("causal", causal)
     check.not_negative("seconds", seconds)
-    options = dict(num_heads=num_heads, device=device, dtype=dtype) | ({"causal": True} if causal else {})
+    of_all = dict(num_heads=num_heads, device=device, dtype=dtype) | ({"causal": True} if causal else {})
     asked = [blocks] if isinstance(blocks, str) else blocks
     some = [name for one in asked for name in (list_blocks(one) if isinstance(one, str) else [one])]
     chosen = {name_of(one): one for one in some}
-    mixers = {"dense": create_block("dense", dim, **options)}  # first, for its refusals are the caller's
+    mixers = {"dense": create_block("dense", dim, **of_all)}  # first, for its refusals are the caller's
     left_out = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BlindSpot)  # no matter of speed
@@ -85,22 +88,45 @@ def recommend(
                 left_out[name] = "is a gate"
             elif name != "dense":
                 try:
-                    mixers[name] = create_block(block, dim, **options)
-                except ValueError as refusal:  # of causal=True, or of heads that do not fit
+                    mixers[name] = create_block(block, dim, **of_all | (options or {}))
+                except (TypeError, ValueError) as refusal:  # of causal=True, of heads that do not fit, of an option
                     left_out[name] = str(refusal)
     if len(mixers) == 1 and "dense" not in chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no block matches"
         raise ValueError(f"blocks={blocks!r}: nothing to compare: {why}")
+    if options and left_out:
+        warnings.warn(f"left out: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}", stacklevel=2)
     grid = Grid(height, width)
     x = torch.randn(batch, grid.size, dim, device=device, dtype=dtype)
     ms, mebibytes, routes = measured(
         {name: forward_backward(mixer, x, grid) for name, mixer in mixers.items()}, x, seconds
     )
     found = [
-        Measured(name, of, of / ms["dense"], mebibytes[name], mebibytes[name] / mebibytes["dense"], routes[name])
+        Measured(
+            name,
+            (mixers[name].steps or (mixers[name],))[0].num_heads,
+            of,
+            of / ms["dense"],
+            mebibytes[name],
+            mebibytes[name] / mebibytes["dense"],
+            routes[name],
+        )
         for name, of in ms.items()
     ]
     return sorted(found, key=lambda one: one.ms)
+
+
+def in_a_sentence(found: list[Measured]) -> str:
+    """What follows from it, for whoever reads one line."""
+    faster = [one.name for one in found if one.times_dense < 1 and one.name != "dense"]
+    if not faster:
+        return "Take dense: nothing here is faster."
+    best = next(one for one in found if one.name == faster[0])
+    others = f"; {', '.join(faster[1:4])} follow" if faster[1:] else ""
+    return (
+        f"Fastest is {best.name}, in {best.times_dense:.2g} of the time and {best.memory_times_dense:.2g} of the memory of "
+        f"dense attention{others}: {len(faster)} of {len(found) - 1} are faster. Which learns best only training tells."
+    )
 
 
 def measured(calls: dict[str, Callable], x: Tensor, seconds: float) -> tuple[dict, dict, dict]:

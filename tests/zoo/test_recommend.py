@@ -62,8 +62,16 @@ def test_nothing_to_compare_is_an_error_that_says_why(blocks, causal, why):
 def test_heads_batch_and_type_are_as_asked():
     small, large = (recommend(5, 7, 32, blocks="linear", seconds=0, batch=n) for n in (1, 11))
     assert max(one.mebibytes for one in small) < min(one.mebibytes for one in large)
-    half = recommend(5, 7, 32, num_heads=2, dtype=torch.bfloat16, blocks="per*", seconds=0)
+    half = recommend(5, 7, 32, num_heads=2, dtype=torch.bfloat16, blocks=["per_*", "perf*"], seconds=0)
     assert {one.name for one in half} == {"dense", "performer"}  # per_head needs three
+
+
+def test_options_are_those_of_the_blocks_and_who_lacks_one_is_left_out():
+    with pytest.warns(UserWarning, match="^left out: linear: .*kernel_size"):
+        small = recommend(31, 37, 32, blocks=["window", "linear"], options={"kernel_size": 3}, seconds=0)
+    large = recommend(31, 37, 32, blocks="window", options={"kernel_size": 9, "num_heads": 4}, seconds=0)
+    heads, mebibytes = ({one.name: one[n] for one in large} for n in (1, 4))
+    assert heads == {"dense": 1, "window": 4} and mebibytes["window"] > {one.name: one[4] for one in small}["window"]
 
 
 @pytest.mark.parametrize(
