@@ -1,4 +1,4 @@
-"""`backbones.replace` on hosts that turn queries and keys by their places: the block goes on turning as the host did."""
+"""`backbones.replace` on hosts that turn queries and keys by their places: the block turns as the host did."""
 
 import copy
 import pickle
