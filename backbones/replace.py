@@ -94,10 +94,10 @@ def replace(
 
     Returns:
         The model and the names of copied, new and unused parameters. A copied name is the block's own: ``qkv.weight``
-        may be joined of the host's ``query``, ``key`` and ``value``. Rotary positions of timm's EVA, DINOv3 and rope-vit
-        go on to the block, unless ``rotary`` says otherwise; in training without their random shifts. Where the block
-        refuses them, or they are of another kind, they are unused, as is what else is handed to the host's attention
-        from outside, by the name it has there.
+        may be joined of the host's ``query``, ``key`` and ``value``. Rotary positions of timm's EVA, DINOv3 and
+        rope-vit go on to the block, unless ``rotary`` says otherwise; in training without their random shifts. Where
+        the block refuses them, or they are of another kind, they are unused, as is what else is handed to the host's
+        attention from outside, by the name it has there.
 
     Raises:
         ValueError: there is no attention that can be replaced (what is called so is listed), ``at`` matches none (what

@@ -75,5 +75,6 @@ def _turns_alike(rotary: Rotary, rope: nn.Module, layer: int) -> bool:
     x = torch.linspace(-1, 1, theirs[..., 0].numel() * 2 * rotary.pairs, device=theirs.device)
     x = x.reshape(1, *theirs.shape[:2], 2 * rotary.pairs)
     ours, same = rotary(x, x, grid)[0], apply_rot_embed_cat(x, theirs.to(x.dtype), half=rotary.halves)
-    rounding = max(torch.finfo(dtype).eps for dtype in (theirs.dtype, torch.float32))  # that theirs may have gone through
+    # theirs were made in float32, and may have been rounded further
+    rounding = max(torch.finfo(dtype).eps for dtype in (theirs.dtype, torch.float32))
     return x.is_meta or torch.allclose(ours, same, atol=100 * rounding)

@@ -43,6 +43,7 @@ OPTIONS = {
     "collaborative": [{}, {"content_bias": False}],
     "compressive": [{"memory": 1, "stride": 2, "waves": 3}],
     "criss_cross": [{}, {"out_proj": False}],
+    "dense": [{}, {"rotary": "mixed"}],
     "dilated": [
         {"kernel_size": 3, "dilation": (2, 3)},
         {"kernel_size": (3, 5), "dilation": (3, 2), "border": "shift"},
@@ -71,7 +72,11 @@ OPTIONS = {
         {"rank": 2, "length": 3, "sharing": "none"},
         {"rank": (3, 2), "projection": "mean"},
     ],
-    "longformer": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
+    "longformer": [
+        {"tokens": 3, "kernel_size": 3},
+        {"tokens": 0, "kernel_size": (3, 5)},
+        {"tokens": 3, "kernel_size": 3, "rotary": "dinov3"},
+    ],
     "low_rank": [{}, {"l2_norm": True}],
     "lsh": [{"chunk": 5}, {"chunk": 3, "rounds": 3}],
     "luna": [{"memory": 5}],

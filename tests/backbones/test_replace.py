@@ -13,6 +13,7 @@ from torch import nn
 
 import backbones
 from vision_attn import Grid, Mixer, OnMap, create_block, list_blocks
+from vision_attn.rotary import Rotary
 
 VIT = dict(depth=2, img_size=(48, 80), num_classes=7)
 EVA = dict(depth=2, img_size=(42, 70), num_classes=7)
@@ -36,15 +37,16 @@ def shapes(block) -> dict:
 WHOLE = [name for name in MIXERS if shapes(name) == shapes("dense")]  # qkv and proj are the ViT's
 
 
-def refuses_dropout(name):
+def refuses(name, **options):
     try:
-        create_block(name, 192, attn_drop=0.5)
+        create_block(name, 192, **options)
     except ValueError:
         return True
     return False
 
 
-ATTN_DROP_REFUSED = list(filter(refuses_dropout, MIXERS))
+ATTN_DROP_REFUSED = [name for name in MIXERS if refuses(name, attn_drop=0.5)]
+ROTARY_REFUSED = [name for name in MIXERS if refuses(name, rotary="axial")]
 
 
 def images(*size):
@@ -108,13 +110,15 @@ def test_dense_is_the_attention_of_an_eva_without_rotary_positions():
 
 
 @in_turn({"block": MIXERS, "fused": [True, False]})
-def test_an_eva_hands_over_its_projections_but_not_its_positions(block, fused):
+def test_an_eva_hands_over_its_projections_and_its_positions(block, fused):
     model, x = made("eva02_tiny_patch14_224", **EVA, qkv_fused=fused), images(42, 70)
     old = copy.deepcopy(model.blocks[0].attn)
     report = backbones.replace(model, block, "blocks.0")
     new = model.blocks[0].attn
     assert isinstance(new, Mixer) and type(model.blocks[1].attn) is EvaAttention
-    assert "blocks.0.attn.rope" in report.unused
+    assert ("blocks.0.attn.rope" in report.unused) == (block in ROTARY_REFUSED)
+    assert any(isinstance(part, Rotary) for part in new.modules()) == (block not in ROTARY_REFUSED)
+    assert model.rope is not None  # of the other block
     if block in WHOLE:
         q, k, v = new.qkv.weight.chunk(3)
         q_bias, k_bias, v_bias = new.qkv.bias.chunk(3)
@@ -128,7 +132,7 @@ def test_an_eva_hands_over_its_projections_but_not_its_positions(block, fused):
         assert not k_bias.any()  # EVA's keys have no bias
         assert torch.equal(new.proj.weight, old.proj.weight) and torch.equal(new.proj.bias, old.proj.bias)
         assert report.copied == attentions(["blocks.0.attn"]) and report.new == ()
-        assert report.unused == ("blocks.0.attn.rope",)
+        assert report.unused == (("blocks.0.attn.rope",) if block in ROTARY_REFUSED else ())
     assert model(x).isfinite().all()
 
 

@@ -149,7 +149,7 @@ def queries_and_keys_are_normalised_on_request(case):
     with case.trying(grid=GRID):
         for step in block.steps:
             nn.init.ones_(step.q_norm.weight), nn.init.zeros_(step.q_norm.bias)
-            step.q_norm.eps = 0
+            step.q_norm.eps, step.rotary = 0, None  # a turn comes after the norms
             q, _, _ = step.heads(x, GRID)
             assert_equal(q.mean(-1), torch.zeros_like(q[..., 0]))
             assert_equal(q.var(-1, unbiased=False), torch.ones_like(q[..., 0]))
