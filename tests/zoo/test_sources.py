@@ -12,7 +12,13 @@ NUMBER = re.compile(r"arxiv\.org/\w+/(\d{4}\.\d{5})")
 PAPERS = {
     "1512.03385": ("He", "ResNet", "Deep Residual Learning for Image Recognition"),
     "1706.03762": ("Vaswani", "Transformer", "Attention Is All You Need"),
+    "1707.04585": ("Gomez", "RevNet", "The Reversible Residual Network: Backpropagation Without Storing Activations"),
     "1801.10198": ("Liu", "T-DMCA", "Generating Wikipedia by Summarizing Long Sequences"),
+    "1805.08315": (
+        "Linsley",
+        "Pathfinder",
+        "Learning long-range spatial dependencies with horizontal gated-recurrent units",
+    ),
     "1807.06521": ("Woo", "CBAM", "CBAM: Convolutional Block Attention Module"),
     "1810.00825": ("Lee", "Set Transformer", "Set Transformer: Attention-based Permutation-Invariant Neural Networks"),
     "1810.10182": ("Yang", "Localness", "Modeling Localness for Self-Attention Networks"),
@@ -50,6 +56,7 @@ PAPERS = {
     "2007.04825": ("Vyas", "Clustered Attention", "Fast Transformers with Clustered Attention"),
     "2007.14062": ("Zaheer", "Big Bird", "Big Bird: Transformers for Longer Sequences"),
     "2009.14794": ("Choromanski", "Performer", "Rethinking Attention with Performers"),
+    "2011.04006": ("Tay", "Long Range Arena", "Long Range Arena: A Benchmark for Efficient Transformers"),
     "2012.11747": ("He", "RealFormer", "RealFormer: Transformer Likes Residual Attention"),
     "2012.07436": (
         "Zhou",
