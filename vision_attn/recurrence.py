@@ -25,9 +25,9 @@ from .traced import fixed
 
 @dataclass(frozen=True)
 class Recent(Directed):
-    """Own row and the rows less than ``memory`` + ``band`` away whose band is not wholly more than ``memory`` away.
+    """The rows of all bands but those that are wholly more than ``memory`` rows away.
 
-    Bands are groups of ``band`` rows from the top. ``past``: own row to the left, and itself, and rows above.
+    Bands are ``band`` rows each, from the top. ``past``: own row to the left, and itself, and rows above.
     """
 
     memory: int
