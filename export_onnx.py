@@ -5,6 +5,7 @@
     python export_onnx.py --model vit_small_patch16_224_criss_cross --model_args '{dynamic_img_size: true}' \
         --path vit.onnx
 
+Of a checkpoint nothing but its path is needed: it names what was inserted and what is to be imported.
 Exit code 0: every answer agreed; 1: one did not, and no file is left; 2: bad input, with one line that says what.
 """
 
@@ -16,7 +17,7 @@ import timm
 import backbones
 from training import command
 from training.checkpoint import load
-from training.setup import restore_model
+from training.setup import import_modules, restore_model
 from training.trained import check_classifier
 
 
@@ -25,6 +26,7 @@ def export(
     checkpoint: str | None = None,
     model: str | None = None,
     model_args: dict[str, Any] | None = None,
+    imports: list[str] | None = None,
     pretrained: bool = False,
     image_size: int | tuple[int, int] | None = None,
     dynamic: bool = True,
@@ -39,6 +41,7 @@ def export(
         checkpoint: a checkpoint of train_imagenet.py; its moving average is exported if it has one.
         model: instead, a name that timm.create_model knows.
         model_args: further arguments of timm.create_model.
+        imports: modules of your own to import first, by name; a checkpoint names its own.
         pretrained: with model: start from its published weights.
         image_size: pixels to trace at, one number or height and width; null takes the model's.
         dynamic: whether height and width may vary, where the model allows it; batch always does.
@@ -52,11 +55,12 @@ def export(
         raise ValueError("give either checkpoint or model")
     if checkpoint is not None and pretrained:
         raise ValueError("pretrained is for model: a checkpoint has weights of its own")
+    import_modules(imports or [])
     metadata = {}
     if checkpoint is not None:
         saved = load(checkpoint)
         check_classifier(checkpoint, saved)
-        network = restore_model(checkpoint, saved, model_args)
+        network = restore_model(checkpoint, saved, backbones, model_args)
         image_size = image_size or tuple(saved["data"]["input_size"][1:])
         metadata = {key: value for key, value in saved["data"].items() if key != "input_size"}
     else:

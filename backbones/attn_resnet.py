@@ -12,6 +12,7 @@ from timm.models.resnet import ResNet
 from vision_attn import Gate, create_layer
 from vision_attn.zoo import block_class
 
+from .added import spare_tables
 from .hosts import options_within
 from .insert import insert
 from .named import register_stock
@@ -52,7 +53,7 @@ def add_attention(model: ResNet, block: str, at: str | list[str] | None = None, 
         slots[name].se = create_layer(block, last.out_channels, **options_within(last, options))
     if behind:
         insert(model, block, behind, **options)
-    return model
+    return spare_tables(model)
 
 
 for stock in STOCK:

@@ -1,213 +1,199 @@
-"""The grid of a ViT's tokens: known where patches are made, handed to the layers that need it.
+"""Where the grid of a host's tokens comes from: what makes its patches, found or told.
 
-The host passes on tokens alone, and two grids may have as many, so the grid goes another way. In a forward pass it is
-noted for the thread. The tokens that a block takes and gives also carry it, as an attribute of their memory: gradient
-checkpointing runs a block again in backward, whatever was noted since, and does so on the same memory. What runs in
-backward is noted for the step of the backward pass that asked for it.
+timm's ViTs say it. Of others it is seen: where a change at one position of a map is a change of one token, before
+tokens are mixed, and the positions come in raster order behind the prefix tokens, that map is the grid.
 """
 
-import threading
+from collections import Counter
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from vision_attn import Grid
-from vision_attn.traced import fixed
+from vision_attn.hooks import GridSource, one_size, source_at
+
+from .hosts import given, holders, like, observe
 
 
-class Notes(threading.local):
-    """Of a thread, or of one step of a backward pass."""
+def grid_source(
+    model: nn.Module,
+    tokens: dict[str, int | None],
+    grid: str | Callable[[Tensor], tuple[int, int]] | None = None,
+    size: tuple[int, int, int] | None = None,
+) -> GridSource:
+    """The model's one source of grids, made at first use.
 
-    grid: Grid | None = None  # of the tokens that are being run
-    waiting: tuple[Grid, ...] = ()  # embedded, and no block has begun with their tokens; the oldest first
-    before: tuple[Grid, ...] = ()  # what was waiting when the forward of the whole model began
+    Args:
+        tokens: how many there are at the places of layers, for an image of ``size``; None: not looked at.
+        grid: the name of the module that gives the patches as a map (B, C, height, width), or a function of the
+            images (B, channels, H, W) that gives (height, width); None: timm's patch embedding, or such a module where
+            one is seen.
+        size: (channels, height, width) of an image the model takes.
 
-
-class GridSource:
-    """Knows the grids that a patch embedding makes, and hands each to the layers that its tokens come to.
-
-    A copy, or a saved model, waits for its own patch embedding.
+    Raises:
+        ValueError: no grid is found, ``grid`` tells none, or there are other tokens than prefix tokens and positions.
     """
+    source = next(filter(None, map(source_at, model.modules())), None)
+    if source is None:
+        source = _new_source(model, tokens, grid, size)
+    elif grid not in (None, source.told_by):
+        raise ValueError(f"grid={grid!r}: this model's grids come from {source.told_by!r} already")
+    embeds = embeddings(model)
+    if None not in tokens.values():
+        if len(embeds) == 1:
+            there = Grid(*model.get_submodule(embeds[0]).dynamic_feat_size(size[1:]))
+        else:
+            there = source.told_in(lambda: observe(model, [], _zeros(model, 1, size)))
+        for name, count in tokens.items():
+            if count != source.num_prefix_tokens + there.size:
+                raise ValueError(
+                    f"at={name!r}: {name} gives {count} tokens, but a block of this ViT must give "
+                    f"{source.num_prefix_tokens} + {there.height}×{there.width}"
+                )
+    for holder in dict.fromkeys(holder for name in tokens for holder in (*holders(name), "")):
+        if isinstance(chain := model.get_submodule(holder), (nn.ModuleList, nn.Sequential)):
+            for block in chain:
+                for part in [block] if embeds else [block, *block.children()]:  # others may checkpoint its forward
+                    source.follow(part)
+    return source
 
-    def __init__(self, num_prefix_tokens: int):
-        self.num_prefix_tokens = num_prefix_tokens
-        self.thread = Notes()
-        self.only: dict[int, Grid | None] = {}  # the one grid that ever had so many positions, None if there were more
-        self.sole: Grid | None = None  # the latest, while no two had as many
 
-    def __reduce__(self):
-        return GridSource, (self.num_prefix_tokens,)
+def embeddings(model: nn.Module) -> list[str]:
+    """Names of timm's patch embeddings, which tell the grid."""
+    parts = model.named_modules()
+    return [name for name, part in parts if name.endswith("patch_embed") and hasattr(part, "dynamic_feat_size")]
 
-    @property
-    def notes(self) -> Notes:
-        step = None if torch.compiler.is_compiling() else torch._C._current_autograd_node()
-        return self.thread if step is None else step.metadata.setdefault(self, Notes())
 
-    def begin(self, model: nn.Module, args) -> None:
-        """Forward pre-hook of the model: what was embedded before is not what it runs."""
-        if not torch.compiler.is_compiling():
-            notes = self.notes
-            notes.grid, notes.before, notes.waiting = None, notes.waiting, ()
+def is_told(model: nn.Module, tokens: dict[str, int], size: tuple[int, int, int]) -> bool:
+    """Whether the grid of the tokens, of which there are so many at the named places, is said or seen."""
+    return bool(embeddings(model) or _found(model, *next(iter(tokens.items())), size))
 
-    def end(self, model: nn.Module, args, output) -> None:
-        """Forward hook of the model: what was embedded before waits on, and beside it what it may be mistaken for."""
-        if not torch.compiler.is_compiling():
-            notes = self.notes
-            ran, before, notes.before = notes.grid, notes.before, ()
-            alike = ran is not None and any(grid.size == ran.size for grid in before) and ran not in before
-            notes.waiting = (*before, ran) if alike else before
 
-    def record(self, patch_embed: nn.Module, args, output) -> None:
-        """Forward hook of the patch embedding."""
-        grid, notes = Grid(*map(fixed, patch_embed.dynamic_feat_size(args[0].shape[-2:]))), self.notes
-        notes.grid = grid
-        if not in_graph(grid.height):
-            notes.waiting = (*(other for other in notes.waiting if other != grid), grid)
-            if self.only.setdefault(grid.size, grid) != grid:
-                self.only[grid.size] = None
-            self.sole = None if None in self.only.values() else grid
-
-    def follow(self, block: nn.Module) -> None:
-        """Lets tokens carry their grid into and out of ``block``, at which a checkpoint may begin."""
-        if source_at(block) is None:
-            block.register_forward_pre_hook(self.enter)
-            block.register_forward_hook(self.leave)
-
-    def enter(self, block: nn.Module, args) -> None:
-        """Forward pre-hook of blocks: from here on, the tokens that it takes are those being run."""
-        if args and is_tokens(args[0]):
-            notes, size = self.notes, self.positions(args[0])
-            fit = [grid for grid in notes.waiting if grid.size == size]
-            if fit and carried(args[0], size) is None:
-                notes.grid = fit[0] if len(fit) == 1 else None
-                notes.waiting = notes.waiting[notes.waiting.index(fit[-1]) + 1 :]
-            self.find(args[0])
-
-    def leave(self, block: nn.Module, args, output) -> None:
-        """Forward hook of blocks: what one gives has the grid of what it took."""
-        if args and is_tokens(args[0]) and is_tokens(output):
-            carry(output, carried(args[0], self.positions(output)))
-
-    def give(self, mixer: nn.Module, args, kwargs):
-        """Forward pre-hook of a mixer that stands where a ViT calls ``attn(x, attn_mask=…, is_causal=…)``."""
-        if len(args) > 1 and isinstance(args[1], Grid):
-            return None  # graphs of torch.fx have it in them
-        masks = kwargs.get("attn_mask"), kwargs.get("is_causal")
-        return self.with_grid(without_masks(args[0], *masks, type(mixer).__module__)), {}
-
-    def with_grid(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """Tokens ``x`` and their grid; ValueError where it is not known."""
-        # a compiled block can't see whether it runs in backward, where autograd may have a thread of its own
-        grid = self.thread.grid or self.sole if in_graph(x.shape[1]) else self.find(x)
-        if grid is None or isinstance(x, fx.Proxy) != isinstance(grid.height, fx.Proxy):
+def _new_source(model: nn.Module, tokens: dict, grid, size) -> GridSource:
+    at, count = next(iter(tokens.items()))
+    embeds = embeddings(model)
+    if callable(grid):
+        source = _by_images(model, at, count, grid, size)
+    elif grid in embeds or (grid is None and len(embeds) == 1):
+        (grid,) = embeds if grid is None else (grid,)
+        vit = model.get_submodule(grid.rpartition(".")[0])
+        if not isinstance(getattr(vit, "patch_drop", None), (nn.Identity, type(None))):
             raise ValueError(
-                f"grid: the patch embedding has not run before these {x.shape[1]} tokens in this thread, or several "
-                "grids may be theirs, as where one of as many was embedded and never run"
+                "patch_drop_rate: must be 0 beside a block, which needs every patch in its place in the grid"
             )
-        return of_grid(x, self.num_prefix_tokens, grid), grid
-
-    def find(self, x: Tensor) -> Grid | None:
-        """The grid of tokens ``x``, which is noted and which they carry from here on, or one that they do not fit."""
-        notes, size = self.notes, self.positions(x)
-        grid, noted = carried(x, size), notes.grid
-        if noted is not None and in_graph(noted.height):  # left over from a graph
-            noted = None
-        if grid is not None and version_of(x) is None and noted not in (None, grid) and noted.size == size:
-            raise ValueError(
-                f"grid: these {x.shape[1]} tokens were {grid.height}×{grid.width}, the latest are {noted.height}×"
-                f"{noted.width}; inference_mode does not tell whether their memory was written to, torch.no_grad does"
-            )
-        grid = grid or noted
-        if notes is not self.thread and grid is None:  # they passed here in forward, so they do fit what was embedded
-            grid = self.only.get(size)
-        if grid is not None and grid.size == size:
-            notes.grid = grid
-            carry(x, grid)
-        return grid
-
-    def positions(self, x: Tensor) -> int:
-        return fixed(x.shape[1]) - self.num_prefix_tokens
-
-
-def in_graph(n) -> bool:
-    """Whether the number ``n`` stands for others too, in a graph that is being made."""
-    return torch.compiler.is_compiling() or not isinstance(n, (int, Tensor))
-
-
-def is_tokens(x) -> bool:
-    return isinstance(x, Tensor) and x.ndim == 3 and not in_graph(x.shape[1])
-
-
-def carry(x: Tensor, grid: Grid | None) -> None:
-    """Notes the grid of tokens ``x`` on their memory, as long as that is and until it is written to."""
-    if grid is not None and is_tokens(x) and (memory := memory_of(x)) is not None:
-        memory.vision_attn_grid = grid, version_of(x)
-
-
-def carried(x: Tensor, size: int) -> Grid | None:
-    """The grid of ``size`` positions that tokens ``x`` carry, if they do."""
-    grid, version = getattr(memory_of(x), "vision_attn_grid", (None, None))
-    return grid if grid is not None and grid.size == size and version == version_of(x) else None
-
-
-def memory_of(x: Tensor) -> torch.UntypedStorage | None:
-    try:
-        return x.untyped_storage()
-    except NotImplementedError:  # tensors of torch.func have none
-        return None
-
-
-def version_of(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
-
-
-@fx.wrap
-def of_grid(x: Tensor, prefix: int, grid: Grid) -> Tensor:
-    """Tokens ``x``; ValueError if they are not ``prefix`` tokens and those of ``grid``."""
-    if fixed(x.shape[1]) != prefix + grid.size:
+        source = GridSource(getattr(vit, "num_prefix_tokens", 0), grid)
+    else:
+        source = _by_name(model, at, count, grid, size) if grid else _found(model, at, count, size)
+    if source is None:
         raise ValueError(
-            f"x has {x.shape[1]} tokens, but the latest patch embedding made {prefix} + {grid.height}×{grid.width}: "
-            "tokens were dropped or joined, or are not of that image"
+            f"at={at!r}: gives tokens, and no part of {type(model).__name__} is seen to make them of a map, position "
+            "by position; give grid, a function of the images that gives (height, width)"
         )
-    return x
-
-
-@fx.wrap
-def without_masks(x: Tensor, attn_mask, is_causal, block: str) -> Tensor:
-    """``x``; ValueError if a mask comes with it."""
-    if attn_mask is not None or is_causal:
-        raise ValueError(f"attn_mask and is_causal: {block} takes neither, its pattern is its own")
-    return x
-
-
-def one_size(patch_embed: nn.Module, args):
-    """Forward pre-hook of the patch embedding. A trace of torch.jit holds for one size: it refuses any other."""
-    if torch.jit.is_tracing():
-        return (args[0].expand(-1, -1, *map(int, args[0].shape[-2:])), *args[1:])
-
-
-def source_at(module: nn.Module) -> GridSource | None:
-    """The source that a module's forward hooks belong to."""
-    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, GridSource)), None)
-
-
-def grid_source(model: nn.Module) -> GridSource:
-    """The model's one source of grids, made at first use; ValueError if there can be none."""
-    patch_embed = getattr(model, "patch_embed", None)
-    if not hasattr(patch_embed, "dynamic_feat_size"):
-        raise ValueError(f"model={type(model).__name__}: gives tokens, but has no patch_embed that tells their grid")
-    if (source := source_at(patch_embed)) is not None:
-        return source
-    if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
-        raise ValueError("patch_drop_rate: must be 0 beside a block, which needs every patch in its place in the grid")
-    source = GridSource(getattr(model, "num_prefix_tokens", 0))
     model.register_forward_pre_hook(source.begin)
     model.register_forward_hook(source.end, always_call=True)
-    patch_embed.register_forward_pre_hook(one_size)
-    patch_embed.register_forward_hook(source.record)
-    for chain in model.children():
-        if isinstance(chain, (nn.ModuleList, nn.Sequential)) and chain is not patch_embed:
-            for block in chain:
-                source.follow(block)
+    if callable(source.told_by):
+        model.register_forward_pre_hook(one_size)
+        model.register_forward_pre_hook(source.record_images, with_kwargs=True)
+    else:
+        patches = model.get_submodule(source.told_by)
+        patches.register_forward_pre_hook(one_size)
+        patches.register_forward_hook(source.record)
     return source
+
+
+def _by_images(model: nn.Module, at: str, count: int, grid: Callable, size) -> GridSource:
+    told, found = Grid.of(tuple(map(int, grid(_zeros(model, 1, size))))), _found(model, at, count, size)
+    prefix = count - told.size
+    if prefix < 0 or (found and prefix != found.num_prefix_tokens):
+        made = f", of which {found.told_by} makes {count - found.num_prefix_tokens}" if found else ""
+        raise ValueError(
+            f"grid={grid!r}: gives {told.height}×{told.width} positions, but there are {count} tokens at {at}{made}"
+        )
+    return GridSource(prefix, grid)
+
+
+def _by_name(model: nn.Module, at: str, count: int, grid: str, size) -> GridSource:
+    maps = _maps(model, count, size)
+    if grid not in maps:
+        raise ValueError(
+            f"grid={grid!r}: must be a function of the images, or the name of a module that gives a map (B, C, height, "
+            f"width) of at most {count} positions: {', '.join(maps) or 'there is none'}"
+        )
+    there = maps[grid]
+    if not _is_meta(model) and not _become_tokens(model, grid, there, at, count, size):
+        raise ValueError(
+            f"grid={grid!r}: its map of {there.height}×{there.width} positions does not become the last of the {count} "
+            f"tokens at {at}, row by row"
+        )
+    return GridSource(count - there.size, grid)
+
+
+def _found(model: nn.Module, at: str, count: int, size) -> GridSource | None:
+    """The source of grids at the first module that is seen to make the patches."""
+    if _is_meta(model):
+        return None
+    for name, there in _maps(model, count, size).items():
+        if _become_tokens(model, name, there, at, count, size):
+            return GridSource(count - there.size, name)
+    return None
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return like(model)["device"].type == "meta"  # no numbers tell: a name is believed, none is found
+
+
+def _maps(model: nn.Module, most: int, size) -> dict[str, Grid]:
+    """The grids of maps with at most so many positions, by the modules that give them, in the order of their calls."""
+    met: list[tuple[str, tuple[int, ...]]] = []
+    hooks = [
+        part.register_forward_hook(lambda module, args, output, n=n: met.append((n, getattr(output, "shape", ()))))
+        for n, part in model.named_modules()
+        if n
+    ]
+    _run(model, 1, size, hooks)
+    names = Counter(name for name, _ in met)
+    maps = {name: Grid(*shape[2:]) for name, shape in met if len(shape) == 4 and names[name] == 1}
+    return {name: grid for name, grid in maps.items() if grid.size <= most}
+
+
+def _become_tokens(model: nn.Module, name: str, grid: Grid, at: str, count: int, size) -> bool:
+    """Whether the positions of the map that ``name`` gives are the last of ``count`` tokens ``at``, in raster order."""
+    prefix, corners = count - grid.size, [(0, 0), (0, grid.width - 1), (grid.height - 1, grid.width - 1)]
+    wanted, seen, over = [[prefix + y * grid.width + x] for y, x in corners], [], []
+    generator = torch.Generator().manual_seed(0)
+
+    def change(module, args, output):
+        output, most = output.clone(), output.abs().max().clamp(min=1)
+        for image, (y, x) in enumerate(corners):  # and none in the last
+            output[image, :, y, x] += most * torch.randn(output.shape[1], generator=generator).to(output)
+        return output
+
+    def look(module, args):
+        if not over and args and isinstance(args[0], Tensor) and args[0].shape[:2] == (len(corners) + 1, count):
+            tokens = args[0].flatten(2)
+            far = (tokens[:-1] - tokens[-1:]).abs().amax(dim=2) > 1e-3 * tokens.abs().max()
+            seen.append([row.nonzero().flatten().tolist() for row in far])
+
+    def end(module, args, output):
+        look(module, (given(output),))
+        over.append(True)
+
+    hooks = [part.register_forward_pre_hook(look) for part in model.modules()]
+    hooks.append(model.get_submodule(at).register_forward_hook(end))
+    hooks.append(model.get_submodule(name).register_forward_hook(change))
+    _run(model, len(corners) + 1, size, hooks)
+    return wanted in seen
+
+
+def _run(model: nn.Module, images: int, size, hooks: list) -> None:
+    """Runs the model on so many images of zeros, and takes the hooks away."""
+    try:
+        observe(model, [], _zeros(model, images, size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _zeros(model: nn.Module, images: int, size: tuple[int, int, int]) -> Tensor:
+    return torch.zeros(images, *size, **like(model))

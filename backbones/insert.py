@@ -3,34 +3,18 @@
 Every original parameter keeps its name, and the function stays the same bit for bit until the layer is trained.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from vision_attn import Gate, Grid, OnTokens, create_block, create_layer
-from vision_attn.zoo import block_class, name_of
+from vision_attn import Gate, OnTokens, create_block, create_layer
+from vision_attn.hooks import Behind
+from vision_attn.zoo import block_class, name_of, taken_apart
 
-from .grids import GridSource, carry, grid_source
-from .hosts import input_size_of, last_of, options_within, resolve, stages
-from .places import places
-
-
-class Behind:
-    """Forward hook that sends a module's output through its own child ``name``."""
-
-    def __init__(self, name: str, channels_last: bool = False, source: GridSource | None = None):
-        self.name, self.channels_last, self.source = name, channels_last, source
-
-    def __call__(self, module: nn.Module, args, output: Tensor) -> Tensor:
-        layer = getattr(module, self.name)
-        if self.source is not None:
-            tokens, grid = self.source.with_grid(output)
-            out = layer(tokens, grid)
-            carry(out, grid)
-            return out
-        if self.channels_last:
-            return layer(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return layer(output)
+from .added import spare_tables
+from .grids import grid_source
+from .hosts import input_size_of, last_of, options_within, refuse_wrapped, resolve, stages
+from .places import offers, places
 
 
 def insert(
@@ -40,6 +24,7 @@ def insert(
     *,
     init_gain: float = 0.0,
     input_size: tuple[int, int, int] | None = None,
+    grid: str | Callable[[Tensor], tuple[int, int]] | None = None,
     **options,
 ) -> nn.Module:
     """Adds ``block`` behind modules of ``model`` and returns the model.
@@ -49,47 +34,59 @@ def insert(
     on zeros, in eval mode, to learn the shapes: once where it lists its stages, else on wide and tall images too.
 
     Args:
-        block: one of `vision_attn.list_blocks`, or a class of blocks.
+        block: one of `vision_attn.list_blocks`, a class of blocks, or one of layers (`vision_attn.layer`).
         at: names of modules, with wildcards that do not cross dots ("layer3.*"), or several; None: after every
-            stage of a convolutional network that timm lists in ``feature_info``, every block of a ViT. A gate leaves
-            out the last of several blocks where a class token is read: it changes patch tokens, and nothing would
-            read them.
+            stage of a convolutional network that timm lists in ``feature_info``, every block of a ViT, also where
+            such a network is part of the model. A gate leaves out the last of several blocks where a class token is
+            read: it changes patch tokens, and nothing would read them. What a wildcard matches that gives neither a
+            map nor tokens, as a head that gives a list, is passed over; a name in full is not.
         init_gain: 0 starts as identity, 1 as the block was published.
-        input_size: (channels, height, width) of an image the model takes; None: what the model says.
+        input_size: (channels, height, width) of an image the model takes; None: what the model says. (torchvision's ViT
+            takes one size, `any_size` lets it take others; Hugging Face's want ``interpolate_pos_encoding=True``.)
+        grid: where the grid of a ViT's tokens comes from: the name of the module that gives the patches as a map
+            (B, C, height, width), or a function of the images (B, channels, H, W) that gives (height, width), at
+            the top of a module if the model is to be pickled. None: timm's patch embedding, or such a module where one
+            is seen (torchvision's ``conv_proj``, Hugging Face's ``embeddings.patch_embeddings.projection``). Prefix
+            tokens are those before the grid's.
         options: of the block, whose device and type are the model's.
 
     Raises:
-        ValueError: ``at`` matches nothing (what could match is listed) or a place where no layer can be (one that works
-            is named): its output is neither a feature map nor tokens, or its channels can't be told; it is used in
-            several places, runs all its children, or goes when the model is fused. A block of this name is already
-            there; an option is out of range; the model takes no image of ``input_size``.
+        ValueError: ``at`` matches nothing (what could match is listed: the stages, or, where the model lists none, what
+            is seen to give maps or tokens) or a place where no layer can be (one that works is named): its output is
+            neither a feature map nor tokens, or its channels can't be told; it is used in several places, runs all
+            its children, or goes when the model is fused. The grid of a place's tokens is not found. A block of this
+            name is already there; an option is out of range; the model takes no image of ``input_size``; it is
+            compiled, or wrapped for several processes.
     """
+    refuse_wrapped(model)
+    block, options = taken_apart(block, options)
+    init_gain = options.pop("init_gain", init_gain)
     could = stages(model)
-    if at is None and issubclass(block_class(block), Gate) and getattr(model, "global_pool", None) == "token":
+    reads_class_token = any(getattr(part, "global_pool", None) == "token" for part in model.modules())
+    if at is None and issubclass(block_class(block), Gate) and reads_class_token:
         could = could[:-1] or could
-    found = resolve(model, at, could, dict(model.named_modules(remove_duplicate=False)))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    at = at if at is None or isinstance(at, str) else list(at)
+    found = resolve(model, at, could, modules, offers=lambda: offers(model, input_size))
     names = list(dict.fromkeys(last_of(model, name) for name in found))  # "layer3" and "layer3.1" may be the same place
     size = input_size or input_size_of(model)
     child, ready, options = f"attn_{name_of(block)}", [], options_within(model, options)
     for name in names:
         if hasattr(model.get_submodule(name), child):
             raise ValueError(f"at={at!r}: {name} already has a {name_of(block)}")
-    met = places(model, names, size)
-    maps = ", ".join(name for name, place in met.items() if len(place.shape) == 4)
+    in_full = {last_of(model, name) for name in found if name in ([at] if isinstance(at, str) else at or could)}
+    met = places(model, names, size, passed_over=set(names) - in_full)
+    tokens = {name: place.shape[1] for name, place in met.items() if len(place.shape) == 3}
+    try:
+        source = grid_source(model, tokens, grid, size) if tokens else None
+    except ValueError as error:
+        maps = ", ".join(name for name in met if name not in tokens)
+        raise ValueError(f"{error}; or try {maps}" if maps else str(error)) from error
     for name, (shape, channel_axis) in met.items():
         target = model.get_submodule(name)
-        if len(shape) == 3 and maps and not hasattr(model, "patch_embed"):
-            raise ValueError(f"at={name!r}: gives tokens, and no patch_embed tells their grid; try {maps}")
-        if len(shape) == 3:
-            source = grid_source(model)
-            grid = Grid(*model.patch_embed.dynamic_feat_size(size[1:]))
-            if shape[1] != source.num_prefix_tokens + grid.size:
-                raise ValueError(
-                    f"at={at!r}: {name} gives {shape[1]} tokens, but a block of this ViT must give "
-                    f"{source.num_prefix_tokens} + {grid.height}×{grid.width}"
-                )
-            layer = OnTokens(create_block(block, shape[-1], **options), init_gain)
+        if name in tokens:
             source.follow(target)
+            layer = OnTokens(create_block(block, shape[-1], **options), init_gain)
             ready.append((target, layer, Behind(child, source=source)))
         else:
             layer = create_layer(block, shape[channel_axis], init_gain=init_gain, **options)
@@ -97,4 +94,4 @@ def insert(
     for target, layer, behind in ready:  # all of them or, where one can't be made, none
         target.add_module(child, layer.train(model.training))
         target.register_forward_hook(behind)
-    return model
+    return spare_tables(model)

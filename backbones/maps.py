@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
+from textwrap import wrap
 from threading import get_ident
 
 import torch
@@ -69,7 +71,7 @@ def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles:
         images: (B, 1 or 3, H, W), values in [0, 1].
         maps: (B, h, w) by name, as from `attention_maps`.
         path: where to write; folders are made.
-        titles: one for each image.
+        titles: one for each image; long lines are wrapped.
     """
     import matplotlib.pyplot as plt  # of the extra "train"
 
@@ -89,8 +91,9 @@ def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles:
             if row == 0:
                 axis.set_title(name.removesuffix(".block"), fontsize=7)
         if titles is not None:
-            line[0].set_ylabel(titles[row], fontsize=7)
-    figure.supxlabel("bright: looked at most; dark: least, each map by its own range", fontsize=7)
+            told = "\n".join(chain.from_iterable(wrap(part, 20) for part in titles[row].splitlines()))
+            line[0].set_ylabel(told, fontsize=7, rotation=0, ha="right", va="center")  # beside it, so long names fit
+    figure.supxlabel("brightest: looked at most, of each map", fontsize=7)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -8,19 +8,36 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from .hosts import also_called, input_size_of, is_chain, last_of, like, listed_channels, observe, shapes_of, stages
+from .grids import is_told
+from .hosts import (
+    also_called,
+    holders,
+    input_size_of,
+    is_chain,
+    last_of,
+    like,
+    listed_channels,
+    matches,
+    observe,
+    shapes_of,
+    stages,
+)
 
 ITERATES = re.compile(r"\bself\.(children|named_children|_modules)\b")  # in a forward that runs all its children
 FUSE = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy")  # methods that merge norms into convolutions
 FUSED_FORWARD = ("forward_fuse", "fuseforward")  # what is run when a YOLO network has merged the norm of this part
 NORMS = nn.modules.batchnorm._NormBase
+MOST = 12  # places that are offered
+NOT_CALLED = "is not called when the model runs"
+NO_MAP = "gives neither a feature map (B, C, H, W) nor tokens (B, N, C)"
 MAPS = {(0, 0, 1, -1): 1, (0, 1, -1, 0): 3}  # how axes change from a wide image to a tall one: which one is channels
 
 
@@ -31,36 +48,87 @@ class Place(NamedTuple):
     channel_axis: int
 
 
-def places(model: nn.Module, names: list[str], size: tuple[int, int, int] | None = None) -> dict[str, Place]:
+class Look(NamedTuple):
+    """What is seen of modules, by their names."""
+
+    wrong: dict[str, str]  # why no layer can follow, where none can
+    nothing: set[str]  # those that give no map and no tokens
+    places: dict[str, Place]  # where one can
+    shapes: dict[str, tuple[int, ...]]  # of what gives one map or tokens, certain or not
+
+
+def places(
+    model: nn.Module, names: list[str], size: tuple[int, int, int] | None = None, passed_over: Collection[str] = ()
+) -> dict[str, Place]:
     """What the named modules give for an image of (channels, height, width) = ``size``.
+
+    Args:
+        passed_over: those of ``names`` that are left out if they give no map and no tokens, where others do.
 
     Raises:
         ValueError: a layer can't follow one of them; a place that works is named.
     """
-    size, every = size or input_size_of(model), list(dict.fromkeys([*names, *(h for n in names for h in _holders(n))]))
+    size, every = size or input_size_of(model), list(dict.fromkeys([*names, *(h for n in names for h in holders(n))]))
+    look = look_at(model, every, size, names)
+    left = [name for name in names if not (name in passed_over and name in look.nothing)] or names
+    for name in left:
+        if name in look.wrong:
+            better = next((holder for holder in holders(name) if holder not in look.wrong), None)
+            better = repr(better) if better else "one behind or inside it"
+            raise ValueError(f"at={name!r}: {look.wrong[name]}; try {better}")
+    for name in left:
+        if name not in look.places:
+            listed = ", ".join(stages(model)) or "a whole stage"
+            raise ValueError(
+                f"at={name!r}: gives {look.shapes[name]} for an image {size[1]}×{size[2]}, where no axis is certain to "
+                f"be the channels of a feature map; try {listed}"
+            )
+    return {name: look.places[name] for name in left}
+
+
+def offers(model: nn.Module, size: tuple[int, int, int] | None = None) -> list[str]:
+    """Patterns for ``at`` behind whose modules a layer can follow, large parts before small ones.
+
+    Of a model with parts that have parts of their own only those are told.
+    """
+    size, modules = size or input_size_of(model), dict(model.named_modules())
+    ends = {name: last_of(model, name) for name in modules if name}
+    look = look_at(model, list(ends), size, list(ends))
+    met = {name: look.places[end].shape for name, end in ends.items() if end in look.places}
+    tokens = {name: shape[1] for name, shape in met.items() if len(shape) == 3}
+    count = Counter(tokens.values()).most_common(1)[0][0] if tokens else 0  # others lack the prefix
+    tokens = {name: n for name, n in tokens.items() if n == count}
+    told = tokens and is_told(model, {[*tokens][-1]: count}, size)
+    right = {name for name, shape in met.items() if len(shape) == 4 or (told and name in tokens)}
+    large = [name for name in ends if name in right and modules[name]._modules] or [n for n in ends if n in right]
+    alike = defaultdict(list)
+    for name in large:
+        alike[re.sub(r"\d+", "*", name)].append(name)
+    found = []
+    for pattern, names in alike.items():
+        hit = {name for name in ends if matches(pattern, name, inside=False)}
+        found += names if len(names) == 1 or hit - right - look.nothing else [pattern]
+    found.sort(key=lambda name: name.count("."))
+    return [*found[:MOST], f"and {len(found) - MOST} deeper inside"] if len(found) > MOST else found
+
+
+def look_at(model: nn.Module, every: list[str], size: tuple[int, int, int], names: list[str]) -> Look:
+    """What is seen of modules, and which axis is the channels of what those with ``names`` give.
+
+    Args:
+        every: names, and those of the modules that hold them.
+    """
     shapes, owners = shapes_of(model, every, size), _owners(model)
     lost = _lost_when_fused(model, every, size)
     wrong = {name: _why_not(model, name, shapes[name], owners, name in lost) for name in every}
-    for name in names:
-        if wrong[name]:
-            better = next((holder for holder in _holders(name) if not wrong[holder]), None)
-            raise ValueError(f"at={name!r}: {wrong[name]}; try {repr(better) if better else 'one behind or inside it'}")
-    axes = _channel_axes(model, names, {name: shapes[name][0] for name in every if not wrong[name]}, size)
-    for name in names:
-        if name not in axes:
-            listed = ", ".join(stages(model)) or "a whole stage"
-            raise ValueError(
-                f"at={name!r}: gives {shapes[name][0]} for an image {size[1]}×{size[2]}, where no axis is certain to "
-                f"be the channels of a feature map; try {listed}"
-            )
-    return {name: Place(shapes[name][0], axes[name]) for name in names}
-
-
-def _holders(name: str) -> Iterator[str]:
-    """Names of the modules that hold ``name``, the nearest first."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
+    once = {name: shapes[name][0] for name in every if not wrong[name]}
+    axes = _channel_axes(model, [name for name in names if name in once], once, size)
+    return Look(
+        {name: why for name, why in wrong.items() if why},
+        {name for name, why in wrong.items() if why in (NOT_CALLED, NO_MAP)},
+        {name: Place(once[name], axis) for name, axis in axes.items()},
+        once,
+    )
 
 
 def _owners(model: nn.Module) -> dict[nn.Module, str]:
@@ -79,16 +147,16 @@ def _why_not(model: nn.Module, name: str, shapes: list, owners: dict[nn.Module, 
     other = also_called(model, name)
     if other:
         return f"is also {other}, and a layer would act behind both"
-    for part in (name, *_holders(name)):
+    for part in (name, *holders(name)):
         if model.get_submodule(part) in owners:
             kind = owners[model.get_submodule(part)]
             return f"all objects of class {kind} share {part}, and a layer would act in other models too"
     if len(shapes) > 1:
         return f"is called {len(shapes)} times for one image, and a layer would act at each"
     if not shapes:
-        return "is not called when the model runs"
+        return NOT_CALLED
     if len(shapes[0]) not in (3, 4) or shapes[0][0] != 1:
-        return "gives neither a feature map (B, C, H, W) nor tokens (B, N, C)"
+        return NO_MAP
     if lost:
         return "goes, or gives something else, when the model is fused, and a layer would be lost"
     if _runs_children(module):
@@ -135,7 +203,7 @@ def _channel_axes(model: nn.Module, names: list[str], shapes: dict, size: tuple[
     if turned is None:  # takes one size only
         usual = {"NCHW": 1, "NHWC": 3}.get(getattr(model, "output_fmt", None))
         axes |= {name: usual for name in unclear if usual in fits[name]}
-        around = {name: [h for h in _holders(name) if h in axes and shapes[h] == shapes[name]] for name in unclear}
+        around = {name: [h for h in holders(name) if h in axes and shapes[h] == shapes[name]] for name in unclear}
         turned = {name: axes[holders[0]] for name, holders in around.items() if holders}
     return axes | turned
 
@@ -171,7 +239,7 @@ def _is_map(shape: tuple[int, ...], axis: int, channels: int | None, size: tuple
 def _lost_when_fused(model: nn.Module, names: list[str], size: tuple[int, int, int]) -> set[str]:
     """Of ``names``, those that go, or give something else, when the model merges its norms into its convolutions."""
     merged = [n for n in names if isinstance(model.get_submodule(n), (nn.modules.conv._ConvNd, NORMS))]
-    lost = {n for n in merged if any(_has(model.get_submodule(holder), FUSED_FORWARD) for holder in _holders(n))}
+    lost = {n for n in merged if any(_has(model.get_submodule(holder), FUSED_FORWARD) for holder in holders(n))}
     if like(model)["device"].type == "meta" or not any(_has(module, FUSE) for module in model.modules()):
         return lost
     plain, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
 
-import backbones  # noqa: F401  registers the named models
+import backbones  # registers the named models
 from training import checkpoint
 from training.classification import Classification
 from training.config import Config, DataConfig, ModelConfig
@@ -73,7 +73,7 @@ def loop(
     stop = Stop()
     with tempfile.TemporaryDirectory() as folder:
         config.output = folder
-        training = Training(Classification, config, Processes(torch.device("cpu")), stop)
+        training = Training(Classification, config, Processes(torch.device("cpu")), stop, backbones)
     stop.restore()
     steps = min(steps, training.steps_per_epoch)
 

@@ -40,6 +40,7 @@ OPTIONS = {
     "binary_partition": [{"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
     "clustered": [{}, {"cells": (2, 3), "top": 5}],
+    "collaborative": [{}, {"content_bias": False}],
     "compressive": [{"memory": 1, "stride": 2, "waves": 3}],
     "criss_cross": [{}, {"out_proj": False}],
     "dilated": [
@@ -57,7 +58,11 @@ OPTIONS = {
     "global_local": [{"windows": (2, 3), "kernel_size": (3, 5)}],
     "global_memory": [{"memory": 5, "chunk": (2, 3)}],
     "global_tokens": [{"tokens": 3, "kernel_size": 3}, {"tokens": 0, "kernel_size": (3, 5)}],
-    "hand_crafted": [{}, {"patterns": ("left", "up", "column")}],
+    "hand_crafted": [
+        {},
+        {"patterns": ("left", "up", "column")},
+        {"patterns": ("all", "gaussian_up", "gaussian"), "width": 2.5},
+    ],
     "inducing_points": [{"points": 5}],
     "interlaced_sparse": [{}, {"factor": (2, 3)}],
     "light_non_local": [{}, {"ratio": 1.0, "stride": 3}],
@@ -73,9 +78,16 @@ OPTIONS = {
     "memory_compressed": [{}, {"stride": (2, 5)}],
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
     "nystrom": [{}, {"cells": (2, 3), "iterations": 5}],
+    "patch_match": [{"rounds": 1, "searches": 1}, {"window": 5, "rounds": 2, "searches": 2, "seed": 7}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
+    "permutohedral": [{"features": 2}, {}],
     "prob_sparse": [{}, {"factor": 2, "cells": (2, 3)}],
+    "product_keys": [
+        {"keys": 5, "nearest": 7, "key_dim": 10},
+        {"keys": 3, "nearest": 7, "num_heads": 2},  # more than the half keys of a side
+    ],
     "random_features": [{"features": 67}],
+    "residual_logits": [{}, {"layers": 3, "share": "scores"}],
     "routing": [{}, {"clusters": 3, "chunk": 5}],
     "sinkhorn": [{"tile": 3}, {"tile": 5, "cut": 2}],
     "spatial_gating": [{"length": (5, 7)}, {"length": (4, 3), "gated": False}],

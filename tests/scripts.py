@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from training import checkpoint
@@ -56,6 +57,23 @@ PIXELS = options(
     pictures__every=2,
     pictures__count=3,
 )
+# What both scripts refuse, and a part of the line they say it with
+REFUSED = [
+    (["--epohcs", "3"], "epohcs"),
+    (["--optim.lrr", "3"], "lrr"),
+    (["--epochs", "0"], "epochs must be at least 1, got 0"),
+    (["--optim.accumulate", "5"], "batch_size must be a multiple of optim.accumulate = 5, got 96"),
+    (["--resume", "a", "--eval", "b"], "resume, eval and dry_run exclude each other"),
+    (["--model.args.colour", "red"], "unexpected keyword argument 'colour'"),
+    (["--data.name", "folder"], "data.dir must be given for data.name folder"),
+    (["--data.name", "cifar10", "--data.dir", "/nowhere"], "data.dir /nowhere is not a directory"),
+    (["--device", "toaster"], "device must be auto or a torch device that is there, got 'toaster'"),
+    (["--optim.name", "sdg"], "optim.name sdg"),
+    (["--optim.args.speed", "3"], "speed"),
+    (["--batch_size", "2000"], "batch_size must be at most the 1437 training images, got 2000"),
+    (["--resume", "/nowhere.pt"], "there is no checkpoint /nowhere.pt"),
+    (["--eval", __file__], "is damaged or not a checkpoint"),
+]
 # Without what depends on the process: dropout and BatchNorm
 SHARED = options(
     model__name="vit_tiny_patch4_32_criss_cross",
@@ -82,8 +100,13 @@ def command(script, argv, processes=0):
 
 def start(script, argv, processes=0, **kwargs):
     """The script in a process group of its own."""
+    return launch(command(script, argv, processes), **kwargs)
+
+
+def launch(words, **kwargs):
+    """A command line, which finds the project and the helpers of its tests, in a process group of its own."""
     return subprocess.Popen(
-        command(script, argv, processes),
+        words,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -103,13 +126,34 @@ def finish(process, timeout=240):
     return process.returncode, out, err
 
 
+def refused(script, argv, capsys):
+    """The last line of what the script says where it refuses `argv`."""
+    capsys.readouterr()
+    try:
+        code = load(script).main([str(word) for word in argv])
+    except SystemExit as exit:
+        code = exit.code
+    said = capsys.readouterr().err.strip()
+    assert code == 2, said
+    assert said.splitlines()[-1].startswith("error: ")
+    return said.splitlines()[-1]
+
+
+def log_of(output):
+    """The rows of log.csv."""
+    with open(output / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def rows(output):
     """log.csv without what a clock says."""
-    with open(output / "log.csv", newline="") as file:
-        return [
-            {name: value for name, value in row.items() if name not in ("images_per_second", "seconds")}
-            for row in csv.DictReader(file)
-        ]
+    clock = ("images_per_second", "seconds")
+    return [{name: value for name, value in row.items() if name not in clock} for row in log_of(output)]
+
+
+def names(output):
+    """What a run leaves, its numbered checkpoints and the hashes aside."""
+    return sorted(p.name for p in output.iterdir() if p.suffix != ".sha256" and not p.name.startswith("step-"))
 
 
 def standing(output):
@@ -137,3 +181,18 @@ def gap(a, b):
         assert a.keys() == b.keys()
         return max((gap(a[key], b[key]) for key in a), default=0.0)
     return 0.0
+
+
+CLOSE = 2e-5  # after dozens of steps of AdamW, whose first steps magnify rounding
+
+
+def compare(a, b):
+    """The same run but for rounding."""
+    one, other = standing(a), standing(b)
+    for key in ("epoch", "step"):
+        assert one[key] == other[key]
+    for key in ("state_dict", "ema"):
+        assert gap(one[key], other[key]) < CLOSE, key
+    for row, same in zip(rows(a), rows(b), strict=True):
+        for name in row:
+            assert float(row[name]) == pytest.approx(float(same[name]), rel=1e-5, abs=0.3 if "top" in name else 0), name

@@ -2,9 +2,12 @@
 
 model         timm name
 model_args    arguments of timm.create_model, num_classes and in_chans among them
+insert        what was added to that model, {block, at, options}: see backbones.insert; or None
+imports       modules to import before it is made, by name
 state_dict    the weights
 ema           their moving average, or None; where there is one, it is what `metrics` were measured on
 optimizer     state of the optimizer
+scaler        state of the scale of losses in float16, or None
 epoch, step   epochs and optimizer steps done; `within` says how much of the next epoch
 within        steps done of the epoch begun, the sum of their losses, and unreadable images met
 metrics       of the last evaluation, and the best there was; empty before the first
@@ -12,10 +15,11 @@ history       rows of log.csv
 data          what the images are: size, normalisation, class names
 config        the configuration of the run
 versions      of python, torch, torchvision, timm; and threads and processes, which change rounding
+made          hardware, date (UTC), and memory, the most bytes that the main process has held
 
     ckpt = checkpoint.load("best.pt")
     model = timm.create_model(ckpt["model"], **ckpt["model_args"])
-    model.load_state_dict(ckpt["ema"] or ckpt["state_dict"])
+    model.load_state_dict(ckpt["ema"] or ckpt["state_dict"])      # of one without `insert`
 
 Which files a run leaves is in folder.py.
 """
@@ -36,9 +40,12 @@ import torchvision
 KEYS = (
     "model",
     "model_args",
+    "insert",
+    "imports",
     "state_dict",
     "ema",
     "optimizer",
+    "scaler",
     "epoch",
     "step",
     "within",
@@ -47,7 +54,9 @@ KEYS = (
     "data",
     "config",
     "versions",
+    "made",
 )
+LATER = {"insert": None, "imports": [], "scaler": None, "made": {}}  # what was not always written, and what it was
 
 
 def versions(processes: int = 1) -> dict[str, str | int]:
@@ -81,10 +90,10 @@ def save(path: str | Path, **contents):
     write_whole(path, write)
 
 
-def save_weights(path: str | Path, weights: dict[str, torch.Tensor]):
-    """Write weights alone as safetensors, a file that timm loads. Raises OSError as `save`."""
+def save_weights(path: str | Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
+    """Write weights alone as safetensors, a file that timm loads, with `metadata`. Raises OSError as `save`."""
     weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-    content = safetensors.torch.save(weights, metadata={"format": "pt"})
+    content = safetensors.torch.save(weights, metadata={"format": "pt"} | (metadata or {}))
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -141,15 +150,28 @@ def load(path: str | Path) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, from EOFError to RuntimeError
         raise ValueError(f"checkpoint {path} is damaged or not a checkpoint ({type(error).__name__})") from error
-    missing = [key for key in KEYS if not isinstance(contents, dict) or key not in contents]
+    missing = [key for key in KEYS if not isinstance(contents, dict) or key not in {**LATER, **contents}]
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
-    return contents
+    return LATER | contents
 
 
 def steps(folder: str | Path) -> list[Path]:
     """The checkpoints `step-N.pt` of a run, newest first."""
     return sorted(Path(folder).glob("step-*.pt"), key=step_of, reverse=True)
+
+
+def all_in(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, newest first; those named last and best come last."""
+    return steps(folder) + [path for path in (Path(folder, "last.pt"), Path(folder, "best.pt")) if path.is_file()]
+
+
+def config_of(path: Path) -> dict | None:
+    """The configuration in a checkpoint, without a look at its weights or its hash; None if it can't be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
+    except Exception:  # `load` says what is wrong with it
+        return None
 
 
 def step_of(path: Path) -> int:
@@ -163,7 +185,7 @@ def newest(folder: str | Path) -> Path | None:
     Raises:
         ValueError: if there are checkpoints and none is good.
     """
-    found = steps(folder) + [path for path in (Path(folder, "last.pt"), Path(folder, "best.pt")) if path.is_file()]
+    found = all_in(folder)
     for path in found:
         try:
             load(path)
@@ -193,6 +215,7 @@ def forget(folder: Path, step: int | None):
             _remove(folder / name)
     if not (folder / "best.pt").exists():
         _remove(folder / "best.safetensors")
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 def _is_of(path: Path, most: int) -> bool:

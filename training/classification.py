@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from training.config import Config
 from training.datasets import create_datasets
 from training.distributed import Processes
+from training.published import class_names, published_cfg
+from training.shards import Shards
 from training.task import Task
 from training.trained import check_classifier
 from training.transforms import eval_transform, train_transform
@@ -27,15 +29,24 @@ class Classification(Task):
         if saved:
             check_classifier(config.eval, saved)
             args, known = evaluated_model_args(saved, args), saved["data"]["class_names"]
+        published = published_cfg(config.model.name, args) if config.eval and not saved else None
+        if published:
+            known = class_names(published)
         self.in_chans = args.get("in_chans", 3)
 
         def create():
             source = config.data, self.in_chans, config.seed, processes.size
-            return create_datasets(*source, known, self.notes.append)
+            return create_datasets(*source, known, self.notes.append, alone=bool(config.eval))
 
         self.train_set, self.val_set, self.classes = processes.main_first(create) if config.data.download else create()
         self.num_classes = len(self.classes)
+        if published and published["num_classes"] != self.num_classes:
+            has = f"{config.data.name} has {self.num_classes}"
+            raise ValueError(f"eval: {config.model.name} was published for {published['num_classes']} classes, {has}")
         self.model_args = args if saved else complete_model_args(config, self.num_classes, self.in_chans)
+        self.weights = (
+            class_weights(self.train_set, self.num_classes) if config.data.balance and not config.eval else None
+        )
         augment = config.augment
         self.mixup = None
         if augment.mixup or augment.cutmix:
@@ -76,12 +87,18 @@ class Classification(Task):
         )
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, with mixup, cutmix and label smoothing as configured."""
+        """Cross-entropy, with mixup, cutmix, label smoothing and weights of classes as configured."""
         smoothing = self.config.augment.label_smoothing
         if self.mixup:
             images, targets = self.mixup(images, targets)
             smoothing = 0.0  # mixup's targets are smooth already
-        return F.cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
+        logits = model(images).float()
+        if self.weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        weights = self.weights.to(logits.device)
+        weights = weights[targets] if targets.ndim == 1 else targets @ weights
+        # the mean over images, not over weights: else a step would depend on the passes and processes it is split into
+        return (weights * F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")).mean()
 
     def measure(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Cross-entropy, and accuracy in percent; with fewer than five classes top5 counts all of them."""
@@ -109,6 +126,14 @@ class Classification(Task):
 
     def draw(self, run):
         """Nothing: report.py draws a finished run."""
+
+
+def class_weights(dataset, num_classes: int) -> Tensor:
+    """Of each class (num_classes,): how many images the dataset has, over those of the class times the classes."""
+    if isinstance(dataset, Shards):
+        raise ValueError("data.balance must be false for shards, whose labels are not known before they are read")
+    counts = torch.bincount(torch.tensor(dataset.targets), minlength=num_classes)
+    return counts.sum() / (num_classes * counts.clamp(min=1))
 
 
 def complete_model_args(config: Config, num_classes: int, in_chans: int) -> dict:

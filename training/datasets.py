@@ -1,5 +1,6 @@
 """Datasets by name, as pairs (PIL image, class index); name(index) tells of an image where it is."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 
 from training.config import DataConfig
-from training.image_folder import ImageFolder, endings, find_split, order, read_split
+from training.image_folder import ImageFolder, divide, endings, find_split, has_split, order, read_split, read_table
 from training.pathfinder import LEVELS, Pathfinder
 from training.shards import Shards
 
@@ -68,6 +69,11 @@ class Read(Dataset):
             raise ValueError("has no label")
         return Image.open(file), self.numbers[label] if self.numbers else int(label)
 
+    @property
+    def targets(self) -> list[int]:
+        labels = self.reader.dataset[self.reader.label_key]
+        return [self.numbers[label] if self.numbers else int(label) for label in labels if label is not None]
+
     def __len__(self) -> int:
         return len(self.reader)
 
@@ -84,6 +90,10 @@ class First(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.dataset[index]
 
+    @property
+    def targets(self) -> list[int]:
+        return self.dataset.targets[: self.count]
+
     def __len__(self) -> int:
         return self.count
 
@@ -96,6 +106,7 @@ class Held(Dataset):
 
     def __init__(self, dataset: Dataset, title: str):
         self.dataset, self.title = dataset, title
+        self.targets = dataset.targets
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.dataset[index]
@@ -114,27 +125,32 @@ def create_datasets(
     processes: int = 1,
     known: list[str] | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    alone: bool = False,
 ) -> tuple[Dataset | Shards | None, Dataset | Shards, list[str]]:
     """The training set, the validation set, and the names of their classes.
 
     digits            see Digits
     pathfinder/LEVEL  see pathfinder.py; easy, hard or 64, pathfinder alone is easy
     cifar10, cifar100 torchvision's, under config.dir
-    folder            config.dir/train/CLASS/IMAGE and config.dir/val/CLASS/IMAGE: see image_folder.py
+    folder            config.dir/train/CLASS/IMAGE and config.dir/val/CLASS/IMAGE: see image_folder.py; with val_share
+                      config.dir/train/CLASS/IMAGE or config.dir/CLASS/IMAGE
+    csv               config.dir/train.csv and config.dir/val.csv, tables with a row of names: path,label
     hfds/NAME         what datasets.load_dataset(NAME) gives: a name on the Hub, or a local folder of parquet files or
                       images (what Dataset.save_to_disk wrote is not such a folder; what Dataset.to_parquet wrote is);
                       labels that are text become classes in the order of their names
-    wds               shards under config.dir, splits named by _info.json or as 'train-{0000..0009}.tar|IMAGE_COUNT';
+    wds               shards under config.dir, splits and classes named by _info.json, as write_shards.py writes it,
+                      or splits as 'train-{0000..0009}.tar|IMAGE_COUNT';
                       the order of the images depends on the numbers of processes and workers, of which there must not
                       be more than shards
 
     Args:
         in_chans: 3 reads colour images, 1 grey ones.
-        seed: of the order of shards.
+        seed: of the order of shards, and of what val_share keeps.
         processes: that divide the shards.
-        known: classes of a trained model that is to be evaluated: folder and hfds then read the validation set alone,
-            which may lack some of them, and give None as the training set.
+        known: classes of a trained model that is to be evaluated: folder, csv and hfds then read the validation set
+            alone, which may lack some of them, and give None as the training set.
         tell: is called with a line for each split of which something was left out.
+        alone: read the validation set alone, though no classes are known.
 
     Raises:
         ValueError: if the data are not there, are not what config says, or have fewer than two classes or others than
@@ -150,9 +166,9 @@ def create_datasets(
             raise ValueError(f"data.name must be pathfinder/LEVEL, with {', '.join(LEVELS)}, got {config.name!r}")
         train, val, classes = Pathfinder(True, level), Pathfinder(False, level), Pathfinder.classes
     else:
-        source = {"cifar10": _cifar, "cifar100": _cifar, "folder": _folder, "hfds": _hfds, "wds": _wds}[kind]
+        sources = {"cifar10": _cifar, "cifar100": _cifar, "folder": _folder, "csv": _csv, "hfds": _hfds, "wds": _wds}
         try:
-            train, val, classes = source(config, known, tell)
+            train, val, classes = sources[kind](config, known, tell, seed, alone or known is not None)
             if kind == "wds":
                 _spread(train, config, processes)
                 train.seed = seed
@@ -162,7 +178,7 @@ def create_datasets(
     if len(val) == 0:
         raise ValueError(f"data.dir {config.dir} has no validation images")
     if known not in (None, classes):
-        raise ValueError(f"the checkpoint knows the classes {known}, the data have {classes}")
+        raise ValueError(f"the model knows the classes {_short(known)}, the data have {_short(classes)}")
     if len(classes) < 2:
         raise ValueError(f"data.dir {config.dir} must have at least 2 classes, has {len(classes)}: {classes}")
     if config.num_classes not in (None, len(classes)):
@@ -175,6 +191,10 @@ def create_datasets(
     return train, val, classes
 
 
+def _short(names: list[str], most: int = 10) -> str:
+    return f"{names[:most]}"[:-1] + f", … {len(names)} in all]" if len(names) > most else f"{names}"
+
+
 def _directory(config: DataConfig) -> Path:
     if config.dir is None:
         raise ValueError(f"data.dir must be given for data.name {config.name}")
@@ -184,7 +204,7 @@ def _directory(config: DataConfig) -> Path:
     return path
 
 
-def _cifar(config, known, tell):
+def _cifar(config, known, tell, seed, alone):
     root = _directory(config)
     train, val = (
         create_dataset(f"torch/{config.name}", root=root, split=split, download=config.download)
@@ -193,23 +213,58 @@ def _cifar(config, known, tell):
     return Held(train, f"{config.name} train"), Held(val, f"{config.name} test"), list(train.classes)
 
 
-def _folder(config, known, tell):
+def _folder(config, known, tell, seed, alone):
     root = _directory(config)
-    train = None if known else read_split(find_split(root, "train", config.train_split))
-    val = read_split(find_split(root, "val", config.val_split))
-    for split in filter(None, (train, val)):
+
+    def read(folder):
+        split = read_split(folder)
         if split.left_out:
             tell(split.left_out)
-    classes = _classes((train or val).images, val.images, known, f"data.dir {root}")
-    return train and ImageFolder(train.images, classes), ImageFolder(val.images, classes), classes
+        return split.images
+
+    share = config.val_share
+    if share and has_split(root, "val"):
+        if not alone:
+            raise ValueError(f"data.val_share must be left out: data.dir {root} has a validation split; got {share}")
+        share = None  # images of a later day
+    if share:
+        undivided = config.train_split or has_split(root, "train")
+        train, val = divide(read(find_split(root, "train", config.train_split) if undivided else root), share, seed)
+    else:
+        train = None if alone else read(find_split(root, "train", config.train_split))
+        val = read(find_split(root, "val", config.val_split))
+    return _of_paths(train, val, known, alone, f"data.dir {root}")
 
 
-def _hfds(config, known, tell):
+def _csv(config, known, tell, seed, alone):
+    root = _directory(config)
+
+    def read(split, usual):
+        path = root / (split or usual)
+        if not path.is_file():
+            raise ValueError(f"data.dir {root} has no table {path.name}")
+        return read_table(path, root, config.input_key or "path", config.target_key or "label")
+
+    if config.val_share:
+        train, val = divide(read(config.train_split, "train.csv"), config.val_share, seed)
+    else:
+        train = None if alone else read(config.train_split, "train.csv")
+        val = read(config.val_split, "val.csv")
+    return _of_paths(train, val, known, alone, f"data.dir {root}")
+
+
+def _of_paths(train, val, known, alone, place):
+    """The datasets of paths by class; without the training set where that of validation is read alone."""
+    classes = _classes(train or val, val, known, place)
+    return None if alone else ImageFolder(train, classes), ImageFolder(val, classes), classes
+
+
+def _hfds(config, known, tell, seed, alone):
     def read(split):
         keys = dict(input_key=config.input_key, target_key=config.target_key)
         return create_dataset(config.name, root=config.dir, split=split, **keys).reader
 
-    train = None if known else read(config.train_split or "train")
+    train = None if alone else read(config.train_split or "train")
     val = read(config.val_split or "validation")
     class_to_idx = (train or val).class_to_idx
     if class_to_idx:
@@ -241,10 +296,11 @@ def _classes(trained, tested, known: list[str] | None, place: str) -> list[str]:
     return trained
 
 
-def _wds(config, known, tell):
+def _wds(config, known, tell, seed, alone):
     root = _directory(config)
-    if config.num_classes is None:
-        raise ValueError("data.num_classes must be given for data.name wds")
+    names = _names_of_shards(root)
+    if names is None and config.num_classes is None:
+        raise ValueError("data.num_classes must be given for data.name wds: its _info.json has no class_names")
 
     def split(name, training):
         reader = create_dataset("wds/", root=str(root), split=name, is_training=training).reader
@@ -259,7 +315,16 @@ def _wds(config, known, tell):
         return Shards(paths, reader.num_samples, keys, config.target_key, shuffle=training)
 
     train, val = split(config.train_split or "train", True), split(config.val_split or "validation", False)
-    return train, val, [str(index) for index in range(config.num_classes)]
+    return train, val, names or [str(index) for index in range(config.num_classes)]
+
+
+def _names_of_shards(root: Path) -> list[str] | None:
+    """The names of classes that write_shards.py wrote beside the shards; None where there are none."""
+    path = root / "_info.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("class_names") if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def _spread(train, config, processes):

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
@@ -37,13 +38,16 @@ class Objective(nn.Module):
 
 @dataclass
 class State:
-    """What training changes. `objective` is the model with its loss; `step` counts optimizer steps of the whole run."""
+    """What training changes. `objective` is the model with its loss; `frozen` are parts of it that stay in evaluation
+    mode; `scaler` scales losses in float16; `step` counts optimizer steps of the whole run."""
 
     model: nn.Module
     objective: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     ema: ModelEmaV3 | None = None
+    frozen: list[nn.Module] = field(default_factory=list)
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     step: int = 0
 
     @property
@@ -53,8 +57,9 @@ class State:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step to come."""
-        return self.optimizer.param_groups[0]["lr"]
+        """Learning rate of the step to come, before factors of single groups."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
 
 
 class NotFinite(FloatingPointError):
@@ -92,10 +97,13 @@ def steps(
         asked_to_stop: asked after each step; the answer of any process counts for all.
 
     Raises:
-        NotFinite: if the loss or the gradient of a step is not finite, before the weights change.
+        NotFinite: if the loss or the gradient of a step is not finite, before the weights change. Where losses are
+            scaled, a step whose gradient is not is left out instead, for as long as the scale is not below 1.
     """
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     state.objective.train()
+    for module in state.frozen:
+        module.eval()
     for number, (images, targets, new_faults) in enumerate(batches.epoch(epoch, start * accumulate)):
         pass_ = number % accumulate
         if pass_ == 0:
@@ -106,21 +114,26 @@ def steps(
         with synchronized(state.objective, last=pass_ + 1 == accumulate):
             with autocast:
                 part = state.objective(images, targets) / accumulate
-            part.backward()
+            state.scaler.scale(part).backward()
         loss = loss + part.detach()
         if pass_ + 1 < accumulate:
             continue
 
+        if scaled := state.scaler.is_enabled():
+            state.scaler.unscale_(state.optimizer)
         norm = _norm(parameters)
         both = torch.stack([loss.double(), norm.double()]).tolist()  # the step's only wait for the device
         total, stop, num_faults = processes.sum([both[0], asked_to_stop(), len(faults)])
         values = {"loss": total / processes.size, "gradient norm": both[1]}
+        if scaled and state.scaler.get_scale() >= 1:
+            del values["gradient norm"]  # the scaler leaves the step out
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NotFinite(f"the {name} is {value} at step {state.step + 1}, epoch {epoch + 1}")
         if clip_grad is not None:
             clip_grads_with_norm_(parameters, clip_grad, norm)
-        state.optimizer.step()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.model, step=state.step)

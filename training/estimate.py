@@ -1,11 +1,12 @@
 """A dry run: what an epoch would take, from a few steps of it. Nothing is written."""
 
 import dataclasses
-import resource
 import time
 
 import torch
 import yaml
+
+from training.machine import peak_memory
 
 STEPS = 4  # the first is told apart: it also starts the loader and fills caches
 
@@ -34,7 +35,7 @@ def estimate(training) -> int:
     training.say(
         f"{training.steps_per_epoch} steps an epoch, {each:.3g} s each after {first:.3g} s for the first: about "
         f"{duration(seconds)} an epoch with evaluation, {duration(seconds * training.config.epochs)} in all; at most "
-        f"{_peak(cuda) / 2**20:.0f} MiB {'of the GPU' if cuda else 'of this process'}"
+        f"{peak_memory(training.processes.device) / 2**20:.0f} MiB {'of the GPU' if cuda else 'of this process'}"
     )
     return 0
 
@@ -47,13 +48,6 @@ def _evaluation(training) -> float:
         batch = next(iter(batches.epoch()), None) or batches.blank()
         training.task.measure(model, batch.images, batch.targets)
     return (time.perf_counter() - start) / len(batch.images) * batches.num_images / training.processes.size
-
-
-def _peak(cuda: bool) -> int:
-    """The most bytes this process has held: of the GPU, or of the machine."""
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def duration(seconds: float) -> str:

@@ -2,16 +2,20 @@
 
 step-N.pt             checkpoints, the newest few
 last.pt, best.pt      further names of the newest and the best
-best.safetensors      the weights of the best
+best.safetensors      the weights of the best; its metadata say of what model, of what images
+config.json           the same for timm, which makes a model of the folder: timm.create_model("local-dir:FOLDER",
+                      pretrained=True); not of models with something inserted, which timm does not know of
 log.csv               a row for each epoch
 bad_images.csv        training images that could not be read
 not_finite.txt        the images of a step whose loss or gradient was not finite
 """
 
+import json
 from pathlib import Path
 
 from training import checkpoint
 from training.log import read_rows, write_rows
+from training.published import timm_config
 
 
 class Folder:
@@ -107,7 +111,14 @@ class Folder:
     def _name_best(self, path: Path, contents: dict):
         if path != self / "best.pt":
             checkpoint.give_name(path, self / "best.pt")
-        checkpoint.save_weights(self / "best.safetensors", contents["ema"] or contents["state_dict"])
+        config, insert = timm_config(contents), contents["insert"]
+        metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in config.items()}
+        metadata |= {"insert": json.dumps(insert)} if insert else {}
+        checkpoint.save_weights(self / "best.safetensors", contents["ema"] or contents["state_dict"], metadata)
+        if insert:
+            (self / "config.json").unlink(missing_ok=True)
+        else:
+            checkpoint.write_text(self / "config.json", json.dumps(config, indent=2) + "\n")
 
     def log(self, history: list[dict]):
         """Write the rows of all epochs."""

@@ -1,10 +1,11 @@
-"""Folders of images, ROOT/SPLIT/CLASS/…/IMAGE, by one set of rules.
+"""Folders of images, ROOT/SPLIT/CLASS/…/IMAGE, by one set of rules; and tables that name images and their labels.
 
 The class is the first folder below the split; an image may lie at any depth in it. Hidden files and folders, whose
 names begin with a dot, are left out; so is what lies beside the class folders, and what Pillow does not read by its
 ending. Symbolic links are followed, but not to folders that they lie in.
 """
 
+import csv
 import os
 import re
 from collections import Counter
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 from torch.utils.data import Dataset
+
+from training.seeding import permutation
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 NO_IMAGES = ("EPS", "MPEG")  # the one is a program that Ghostscript would run; of the other Pillow knows only the size
@@ -43,6 +46,10 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
         return Image.open(path), target
+
+    @property
+    def targets(self) -> list[int]:
+        return [target for _, target in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,6 +99,61 @@ def find_split(root: Path, kind: str, given: str | None = None) -> Path:
     itself = root.resolve().name.lower() in sum(SPLITS.values(), ())
     hint = f"; if it is a split itself, give {root.resolve().parent}" if itself else ""
     raise ValueError(f"data.dir {root} has no folder {' or '.join(names)}{has}; wanted are {wanted}{hint}")
+
+
+def images_below(folder: Path) -> list[str]:
+    """The images in a folder at any depth, in the order of their names; those that Pillow reads by their ending."""
+    found = _files(str(folder), (os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)))
+    return sorted((path for path in found if _ending(path) in endings()), key=order)
+
+
+def has_split(root: Path, kind: str) -> bool:
+    """Whether there is a folder with one of the usual names of that split."""
+    return any(entry.is_dir() and entry.name.lower() in SPLITS[kind] for entry in _visible(root))
+
+
+def divide(images: dict[str, list[str]], share: float, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Images by class, in two: what is left to train on, and `share` of each class; which ones follows from `seed`.
+
+    A class of two images or more has some in both, a class of one none to validate on.
+    """
+    train, held = {}, {}
+    for name, paths in images.items():
+        paths = sorted(paths, key=order)
+        count = min(max(round(share * len(paths)), 1), len(paths) - 1)
+        places = {*permutation(len(paths), "validation", seed, name)[:count]}
+        train[name] = [path for place, path in enumerate(paths) if place not in places]
+        held[name] = [path for place, path in enumerate(paths) if place in places]
+    return train, {name: paths for name, paths in held.items() if paths}
+
+
+def read_table(path: Path, root: Path, image: str = "path", label: str = "label") -> dict[str, list[str]]:
+    """Images by label of a CSV file with a row of names and columns `image`, relative to `root`, and `label`.
+
+    Raises:
+        ValueError: if a column is missing, a row lacks something, names no file, or has another label than before.
+    """
+    images, labels = {}, {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        for column in (image, label):
+            if column not in (rows.fieldnames or ()):
+                raise ValueError(f"{path} has no column {column}, it has {_some(rows.fieldnames or ['none'])}")
+        for row in rows:
+            name, value = row[image], row[label]
+            if not name or not value:
+                raise ValueError(
+                    f"{path}, line {rows.line_num}: must have {image} and {label}, got {name!r}, {value!r}"
+                )
+            where = os.path.join(root, name)
+            if labels.setdefault(where, value) != value:
+                raise ValueError(f"{path}, line {rows.line_num}: {name} is {labels[where]} above and {value} here")
+            if not os.path.isfile(where):
+                raise ValueError(f"{path}, line {rows.line_num}: there is no image {where}")
+            images.setdefault(value, []).append(where)
+    if not images:
+        raise ValueError(f"{path} names no image")
+    return images
 
 
 def read_split(folder: Path) -> Split:

@@ -108,6 +108,8 @@ class Pixels(Task):
 
     def __init__(self, config: PixelConfig, processes: Processes, saved: dict | None = None):
         self.config, self.processes = config, processes
+        inserted = config.model.insert
+        check("model.insert", inserted, inserted is None, "left out: model.args.blocks names a pixel model's own")
         self.levels, self.notes = LEVELS[config.data.name], []
         if saved and saved["model_args"].get("levels") != self.levels:
             has = f"{config.data.name} has {self.levels}"

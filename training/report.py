@@ -1,20 +1,25 @@
-"""A page about a run: HTML with its pictures inside, one file to keep or to send."""
+"""Pages about runs: HTML with its pictures inside, one file to keep or to send."""
 
 import base64
 import html
 import io
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill, shorten
 
 import matplotlib.pyplot as plt
 import torch
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
+from training.estimate import duration
+
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 img { max-width: 100% } table { border-collapse: collapse } td, th { padding: 0 .8rem 0 0; text-align: left }
-pre { background: #f4f4f4; padding: .8rem; overflow: auto }"""
+pre { background: #f4f4f4; padding: .8rem; overflow: auto } summary { cursor: pointer; font-weight: bold }"""
+FEW = 40  # classes whose names find room
 
 
 class Page:
@@ -27,13 +32,21 @@ class Page:
     def heading(self, text: str, note: str = ""):
         self.parts.append(f"<h2>{html.escape(text)}</h2>" + (f"<p>{html.escape(note)}</p>" if note else ""))
 
-    def table(self, rows: Sequence[dict]):
+    def table(self, rows: Sequence[dict], folded: str = ""):
+        """Rows under their names; behind a line to unfold where `folded` says what they are."""
         head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
         lines = ("".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) for row in rows)
-        self.parts.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>")
+        table = f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        self.parts.append(_folded(folded, table) if folded else table)
 
-    def text(self, text: str):
-        self.parts.append(f"<pre>{html.escape(text)}</pre>")
+    def facts(self, facts: dict[str, str]):
+        """Names and what they are, a line each; what is empty is left out."""
+        lines = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items() if v)
+        self.parts.append(f"<table>{''.join(lines)}</table>")
+
+    def folded(self, title: str, text: str):
+        """Text behind a line to unfold."""
+        self.parts.append(_folded(title, f"<pre>{html.escape(text)}</pre>"))
 
     def picture(self, png: bytes, alt: str):
         data = base64.b64encode(png).decode()
@@ -48,18 +61,81 @@ class Page:
     def save(self, path: str | Path):
         title, body = html.escape(self.title), "\n".join(self.parts)
         head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        Path(path).write_text(f'<!doctype html><html lang="en">{head}\n{body}\n</html>\n')
+        Path(path).write_text(f'<!doctype html><html lang="en">{head}\n{body}\n</html>\n', errors="backslashreplace")
 
 
-def add_run(page: Page, saved: dict):
-    """What the run was, and its curves."""
-    best = {name: f"{value:.6g}" for name, value in saved["metrics"].items()}
-    page.table([{"model": saved["model"], "epochs": saved["epoch"], "steps": saved["step"], **best}])
+def _folded(title: str, inside: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{inside}</details>"
+
+
+def title_of(saved: dict) -> str:
+    """The model of a checkpoint, and what is inserted."""
+    return saved["model"] + (f" + {saved['insert']['block']}" if saved["insert"] else "")
+
+
+def add_results(page: Page, saved: dict):
+    """The best epoch and the last one, named, with their numbers."""
+    history = saved["history"]
+    if not history:
+        page.table([{name: f"{value:.6g}" for name, value in saved["metrics"].items()} or {"epochs": saved["epoch"]}])
+        return
+    best = [row for row in history if row["step"] == saved["metrics"].get("best_step")]
+    told = [("best", row) for row in best[:1]] + [("last", history[-1])]
+    hidden = ("epoch", "step", "seconds", "images_per_second", "lr")
+    rows = [
+        {"": f"{which} epoch, {row['epoch']}", **{k: f"{v:.5g}" for k, v in row.items() if k not in hidden}}
+        for which, row in told
+    ]
+    page.table(rows)
+
+
+def add_curves(page: Page, saved: dict):
+    """The log of all epochs."""
     if saved["history"]:
         page.heading("Curves")
         page.figure(curves(saved["history"]), "curves of the log")
-    page.heading("Configuration")
-    page.text(json.dumps({"config": saved["config"], "versions": saved["versions"]}, indent=2))
+
+
+def facts_of(saved: dict, parameters: int, flops: int) -> dict[str, str]:
+    """What the run was: model, data, time, machine.
+
+    Args:
+        flops: of one image forward, 2 per multiply-add; 0 where they were not counted.
+    """
+    data, config, made = saved["data"], saved["config"], saved["made"]
+    where = config["data"].get("dir")
+    memory, last = made.get("memory"), (saved["history"] or [saved])[-1]
+    return {
+        "model": title_of(saved),
+        "parameters": f"{parameters / 1e6:.3g} M",
+        "forward, an image": f"{flops / 1e9:.3g} GFLOPs, 2 per multiply-add" if flops else "",
+        "data": config["data"]["name"] + (f", {where}" if where else ""),
+        "images to train on": f"{data['train_images']:,}" if "train_images" in data else "",
+        "input": "×".join(map(str, data["input_size"])),
+        "epochs": f"{last['epoch']}, {last['step']:,} steps",
+        "wall time": duration(wall_time(saved)) if saved["history"] else "",
+        "speed": f"{speed(saved):.4g} images/s in training" if speed(saved) else "",
+        "memory": f"{memory / 2**20:,.0f} MiB at most" if memory else "",
+        "hardware": made.get("hardware", ""),
+        "date": f"{made['date']} UTC" if "date" in made else "",
+        "torch": f"{saved['versions']['torch']}, timm {saved['versions']['timm']}",
+    }
+
+
+def wall_time(saved: dict) -> float:
+    """Seconds of all epochs, evaluation and saving among them."""
+    return sum(row.get("seconds", 0.0) for row in saved["history"])
+
+
+def speed(saved: dict) -> float:
+    """Images a second, the median over epochs; 0 where none was logged."""
+    return statistics.median([row.get("images_per_second", 0.0) for row in saved["history"]] or [0.0])
+
+
+def add_configuration(page: Page, saved: dict, of: str = ""):
+    """All of it, folded."""
+    text = json.dumps({"config": saved["config"], "versions": saved["versions"]}, indent=2)
+    page.folded(f"Configuration {of}".strip(), text)
 
 
 def curves(history: list[dict]):
@@ -97,20 +173,24 @@ def add_answers(page: Page, probabilities: Tensor, targets: Tensor, classes: lis
         {"class": name, "images": count, "accuracy": f"{100 * share:.1f} %", "mostly taken for": taken}
         for share, name, count, taken in sorted(rows, key=lambda row: row[0])
     ]
-    page.table(rows)
+    page.table(rows[:FEW])
+    if len(rows) > FEW:
+        page.table(rows[FEW:], folded=f"{len(rows) - FEW} more, which do better")
 
 
 def confusion(matrix, classes: list[str]):
-    """A picture of counts; with labels where there is room for them."""
-    side = min(3 + 0.32 * len(classes), 12)
+    """A picture of counts; with names where there is room for them."""
+    names = [shorten(name, 30, placeholder=" …") for name in classes]
+    room = 0.08 * max(map(len, names)) if len(names) <= FEW else 0.3  # inches, for names beside the matrix
+    side = min(2.5 + 0.32 * len(classes), 12) + room
     figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
     shares = matrix / matrix.sum(axis=1, keepdims=True).clip(1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axis.set(xlabel="says", ylabel="is", xticks=[], yticks=[])
-    if len(classes) <= 40:
+    if len(classes) <= FEW:
         places = range(len(classes))
-        axis.set_xticks(places, classes, rotation=90)
-        axis.set_yticks(places, classes)
+        axis.set_xticks(places, names, rotation=90)
+        axis.set_yticks(places, names)
         for row in places:
             for column in places:
                 if matrix[row, column] and len(classes) <= 20:
@@ -129,7 +209,11 @@ def mistakes(probabilities: Tensor, targets: Tensor, count: int) -> list[int]:
 def add_images(page: Page, pixels: Tensor, titles: list[str], alt: str, columns: int = 6):
     """Images (B, C, H, W) in 0..1 with titles, in rows."""
     rows = -(-len(pixels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2 * rows), layout="constrained", squeeze=False)
+    titles = ["\n".join(fill(line, 22) for line in title.splitlines()) for title in titles]
+    height = 1.7 + 0.15 * max(title.count("\n") + 1 for title in titles)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.7 * columns, height * rows), layout="constrained", squeeze=False
+    )
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, pixels.expand(-1, 3, -1, -1), titles):

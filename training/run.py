@@ -7,6 +7,7 @@ needs to go on exactly, since everything random follows from where it stands.
 import dataclasses
 import sys
 import time
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,14 +17,15 @@ from torch import nn
 from tqdm import tqdm
 
 from training import checkpoint, distributed
-from training.config import RunConfig, file_to_evaluate, parse
+from training.config import PRETRAINED, Asked, RunConfig, asked, deciding, flat, parse, planned_epochs
 from training.distributed import Processes, load_optimizer, load_weights, whole
 from training.engine import NotFinite, Step, hidden, mean_over, steps
 from training.estimate import duration, estimate
 from training.folder import Folder
 from training.loader import BadImages, Batches, Samples, StreamSamples
+from training.machine import hardware, peak_memory
 from training.seeding import seed_all
-from training.setup import create_model, create_state, find_device, first_line, restore_model
+from training.setup import Blocks, create_model, create_state, find_device, first_line, import_modules, restore_model
 from training.shards import Shards
 from training.signals import Stop
 from training.task import Task
@@ -31,20 +33,26 @@ from training.task import Task
 NOTHING_DONE = {"steps": 0, "loss": 0.0, "bad": 0}  # of an epoch: steps, the sum of their losses, unreadable images
 
 
-def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | None = None) -> int:
-    """Run what the command line `argv` says; returns the exit code."""
+def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | None, blocks: Blocks) -> int:
+    """Run what the command line `argv` says; returns the exit code.
+
+    Args:
+        blocks: the package that adds blocks to models.
+    """
     stop = Stop()
     try:
         saved, title = None, doc.splitlines()[0]
-        if path := file_to_evaluate(title, argv, kind):
+        about = asked(title, argv, kind)
+        if about.eval not in (None, PRETRAINED):
             try:
-                saved = checkpoint.load(path)
+                saved = checkpoint.load(about.eval)
             except (ValueError, OSError) as error:
                 return _refuse(error)
-        config = parse(title, argv, kind, saved)
+        config = parse(title, argv, kind, saved, _goes_on(about))
+        planned = planned_epochs(title, argv, kind)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        code = _main(task, config, stop, saved)
+        code = _main(task, config, stop, blocks, saved, planned)
         if code == 0:  # else other processes may not be there to wait for
             distributed.stop()
         return code
@@ -52,10 +60,14 @@ def main(task: type[Task], kind: type[RunConfig], doc: str, argv: list[str] | No
         stop.restore()
 
 
-def _main(task: type[Task], config: RunConfig, stop: Stop, saved: dict | None) -> int:
+def _main(
+    task: type[Task], config: RunConfig, stop: Stop, blocks: Blocks, saved: dict | None, planned: int | None
+) -> int:
     try:
+        import_modules(config.imports)
         processes = distributed.start(find_device(config.device))
-        run = Evaluation(task, config, processes, stop, saved) if saved else Training(task, config, processes, stop)
+        common = task, config, processes, stop, blocks
+        run = Evaluation(*common, saved) if config.eval else Training(*common)
     except (ValueError, OSError) as error:
         return _refuse(error)
     try:
@@ -67,7 +79,20 @@ def _main(task: type[Task], config: RunConfig, stop: Stop, saved: dict | None) -
     except (ValueError, OSError) as error:  # of unreadable images, of a forward pass, of a full disk
         return _refuse(f"{_last_line(error)}; {run.standing()}")
     missed = best is not None and run.task.missed(best)
+    if missed and planned and config.epochs < planned:
+        run.say(f"note: {missed}, which was set for {planned} epochs; these were {config.epochs}")
+        return 0
     return _refuse(missed, code=1) if missed else 0
+
+
+def _goes_on(about: Asked) -> dict | None:
+    """The configuration of the run that is to go on, its output where it lies now; None where none can be read."""
+    if not about.resume:
+        return None
+    folder = Path(about.output) if about.resume == "auto" else Path(about.resume).parent
+    paths = checkpoint.all_in(folder) if about.resume == "auto" else [Path(about.resume)]
+    found = next(filter(None, map(checkpoint.config_of, paths)), None)
+    return found and found | {"output": str(folder)}
 
 
 def _refuse(error: Exception | str, code: int = 2) -> int:
@@ -88,14 +113,15 @@ def printable(text: str) -> str:
 class Run:
     """What training and evaluation share."""
 
-    def __init__(self, config: RunConfig, processes: Processes, stop: Stop):
-        self.config, self.processes, self.stop = config, processes, stop
+    def __init__(self, config: RunConfig, processes: Processes, stop: Stop, blocks: Blocks):
+        self.config, self.processes, self.stop, self.blocks = config, processes, stop, blocks
         share = processes.size * config.optim.accumulate
         if config.batch_size % share:
             each = f"{processes.size} processes × {config.optim.accumulate} passes"
             raise ValueError(f"batch_size must be a multiple of {share} ({each}), got {config.batch_size}")
         self.spread = config.parallel == "fsdp" and processes.size > 1 and not config.eval
-        self.autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16)
+        half = torch.float16 if config.fp16 else torch.bfloat16
+        self.autocast = torch.autocast(processes.device.type, half, enabled=config.fp16 or config.bf16)
 
     def create_batches(self, dataset, transform, data: dict, shuffle: bool = False) -> Batches:
         """Batches of a data set of the task, divided among the processes."""
@@ -166,22 +192,36 @@ class Run:
 
 
 class Evaluation(Run):
-    """A checkpoint and the images to evaluate it on; called, prints its metrics and returns the one that counts."""
+    """A checkpoint, or published weights where `saved` is None, and the images to evaluate it on; called, prints its
+    metrics and returns the one that counts."""
 
-    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop, saved: dict):
-        super().__init__(config, processes, stop)
-        name = saved["model"]
-        if config.model.name != name:
-            raise ValueError(f"model.name is {config.model.name}, but {config.eval} holds {name}")
+    def __init__(
+        self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop, blocks: Blocks, saved: dict | None
+    ):
+        super().__init__(config, processes, stop, blocks)
         self.task = task(config, processes, saved)
-        self.model = restore_model(config.eval, saved, self.task.model_args)
+        self.model = self.restore(saved) if saved else self.published()
         self.data = self.task.data(self.model)
         self.model.to(processes.device, memory_format=self.task.memory_format)
         self.val_batches = self.create_batches(self.task.val_set, self.task.transforms(self.data)[1], self.data)
-        other = self.data["input_size"] != saved["data"]["input_size"]
+        other = saved and self.data["input_size"] != saved["data"]["input_size"]
         self.try_forward(self.model, resize=other and hasattr(self.model, "set_input_size"))
         if config.compile:
             self.model.compile()
+
+    def published(self) -> nn.Module:
+        """The model of the configuration, with its published weights."""
+        model = self.config.model
+        return create_model(model.name, self.task.model_args, True, model.inserted, self.blocks)
+
+    def restore(self, saved: dict) -> nn.Module:
+        """The model of a checkpoint."""
+        config = self.config
+        inserted = saved["insert"] or {"block": None, "at": None}
+        for option, name in (("name", saved["model"]), ("insert", inserted["block"]), ("at", inserted["at"])):
+            if (given := getattr(config.model, option)) != name:
+                raise ValueError(f"model.{option} is {given}, but {config.eval} holds {name}")
+        return restore_model(config.eval, saved, self.blocks, self.task.model_args, config.model.attn_args)
 
     def __call__(self) -> float | None:
         self.introduce()
@@ -196,7 +236,7 @@ class Evaluation(Run):
         """Model and data in a line."""
         size = "×".join(map(str, self.data["input_size"]))
         return (
-            f"{self.config.eval}: {self.config.model.name}, input {size}, {self.task.title(self.data)}; "
+            f"{self.config.eval}: {self.config.model.title}, input {size}, {self.task.title(self.data)}; "
             f"{self.source()}: {self.val_batches.num_images} to evaluate"
         )
 
@@ -205,8 +245,8 @@ class Training(Run):
     """A model, its images, and where its training stands; called, trains and returns the best metric, or None if it was
     asked to stop before the end. Its constructor writes nothing."""
 
-    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop):
-        super().__init__(config, processes, stop)
+    def __init__(self, task: type[Task], config: RunConfig, processes: Processes, stop: Stop, blocks: Blocks):
+        super().__init__(config, processes, stop, blocks)
         self.output = Folder(config.output)
         self.output.last = self.find_checkpoint()
         self.saved_step = 0
@@ -214,12 +254,14 @@ class Training(Run):
         if config.tensorboard and not find_spec("tensorboard"):
             raise ValueError("tensorboard is true, but the package tensorboard is not installed")
         self.task = task(config, processes, None)
-        name, args = config.model.name, self.task.model_args
+        name, args, inserted = config.model.name, self.task.model_args, config.model.inserted
         if saved and (saved["model"], saved["model_args"]) != (name, args):
             raise ValueError(f"{self.output.last} holds {saved['model']} {saved['model_args']}, not {name} {args}")
+        if saved and saved["insert"] != inserted:
+            raise ValueError(f"{self.output.last} has {saved['insert']} inserted, not {inserted}")
 
         seed_all("model", config.seed)
-        model = create_model(name, args, pretrained=config.model.pretrained and not saved)
+        model = create_model(name, args, config.model.pretrained and not saved, inserted, blocks)
         self.task.prepare(model)
         model.to(processes.device, memory_format=self.task.memory_format)
         if config.sync_bn:
@@ -232,7 +274,8 @@ class Training(Run):
         self.val_batches = self.create_batches(self.task.val_set, eval_transform, data)
         self.try_forward(model)
         self.steps_per_epoch = self.train_batches.num_batches // config.optim.accumulate
-        self.state = create_state(config, model, self.task.loss, self.steps_per_epoch, processes, self.spread)
+        steps = self.steps_per_epoch
+        self.state = create_state(config, model, self.task.loss, steps, processes, blocks, self.spread)
 
         self.epoch = 0
         self.within = NOTHING_DONE
@@ -240,6 +283,8 @@ class Training(Run):
         self.record = dict(
             model=name,
             model_args=args,
+            insert=inserted,
+            imports=config.imports,
             data=data,
             config=dataclasses.asdict(config),
             versions=checkpoint.versions(processes.size),
@@ -268,12 +313,15 @@ class Training(Run):
         then, now = (side["data"].get("class_names") for side in (saved, self.record))
         if then != now:
             raise ValueError(f"{self.output.last} knows the classes {then}, the data have {now}")
-        for key in ("name", "momentum", "weight_decay", "args"):  # which the optimizer's own state brings back
-            then, now = (side["config"]["optim"][key] for side in (saved, self.record))
+        kept = "name", "momentum", "weight_decay", "args", "only", "new_lr_scale", "layer_decay"
+        for key in kept:  # which the optimizer's own state brings back
+            then, now = (side["config"]["optim"].get(key) for side in (saved, self.record))
             if then != now:
                 raise ValueError(f"optim.{key} must be {then!r}, as in {self.output.last}, got {now!r}")
         load_weights(state.model, saved["state_dict"])
         load_optimizer(state.optimizer, saved["optimizer"])
+        if saved["scaler"] and state.scaler.is_enabled():
+            state.scaler.load_state_dict(saved["scaler"])
         if state.ema:
             load_weights(state.ema.module, saved["ema"])
         self.epoch, state.step, self.within = saved["epoch"], saved["step"], dict(saved["within"])
@@ -415,9 +463,16 @@ class Training(Run):
         """What is evaluated, in one piece in every process. Every process must call it."""
         if not self.spread:
             return self.state.evaluated
-        model = create_model(self.record["model"], self.record["model_args"])
+        record = self.record
+        model = create_model(record["model"], record["model_args"], insert=record["insert"], blocks=self.blocks)
         model.load_state_dict(whole(self.state.evaluated.state_dict()))
         return model.to(self.processes.device)
+
+    def made(self) -> dict:
+        """On what, when, and in how much memory."""
+        device = self.processes.device
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+        return {"hardware": hardware(device), "date": now, "memory": peak_memory(device)}
 
     def save(self, best: bool = False):
         """Write a checkpoint of where training stands. Every process must call it."""
@@ -427,11 +482,13 @@ class Training(Run):
             state_dict=whole(state.model.state_dict()),
             ema=whole(state.ema.module.state_dict()) if state.ema else None,
             optimizer=whole(state.optimizer.state_dict()),
+            scaler=state.scaler.state_dict() if state.scaler.is_enabled() else None,
             epoch=self.epoch,
             step=state.step,
             within=self.within,
             metrics=self.metrics,
             history=self.history,
+            made=self.made(),
         )
         if self.processes.main:
             self.output.save(contents, best, self.config.keep)
@@ -454,25 +511,17 @@ class Training(Run):
         size = "×".join(map(str, data["input_size"]))
         together = f" × {processes.size} ({config.parallel})" if processes.size > 1 else ""
         return (
-            f"{config.model.name}: {parameters:.2f} M parameters, input {size}, {self.task.title(data)}; "
+            f"{config.model.title}: {parameters:.2f} M parameters, input {size}, {self.task.title(data)}; "
             f"{self.source()}: {self.train_batches.num_images} images an epoch, "
             f"{self.val_batches.num_images} to evaluate; {processes.device}{together}, "
-            f"{torch.get_num_threads()} threads, {'bf16' if config.bf16 else 'fp32'}, torch {torch.__version__}"
+            f"{torch.get_num_threads()} threads, {config.precision}, torch {torch.__version__}"
         )
 
 
 def _differences(record: dict, saved: dict, order: set[str]) -> list[tuple]:
     """(name, now, then) of what decides a result and is not what the checkpoint has; `order` decides it here, too."""
-
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-
-    free = {"output", "overwrite", "save_every", "keep", "tensorboard", "resume", "eval", "eval_first", "dry_run"}
-    free |= {"max_bad", "threads", "parallel", "device", "data.workers", "data.dir", "data.download"}
-    free -= order
-    sides = [
-        {k: v for k, v in flat(side["config"]) if k not in free and k.split(".")[0] != "pictures"} | side["versions"]
+    now, then = (
+        deciding(side["config"]) | {k: v for k, v in flat(side["config"]) if k in order} | side["versions"]
         for side in (record, saved)
-    ]
-    return [(key, sides[0].get(key), sides[1].get(key)) for key in sides[0] if sides[0][key] != sides[1].get(key)]
+    )
+    return [(key, now[key], then[key]) for key in now if key in then and now[key] != then[key]]

@@ -8,6 +8,7 @@ from itertools import chain
 
 from PIL import ImageOps
 from timm.data import create_transform
+from timm.data.transforms import ResizeKeepRatio
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomCrop, Resize
 
 from training.config import AugmentConfig
@@ -51,7 +52,11 @@ def train_transform(
     if config.crop == "pad":
         crop.transforms[0] = Compose([resize, RandomCrop(img_size, padding=max(img_size) // 8)])
     elif config.crop == "centre":
-        crop.transforms[0] = Compose([Resize(min(img_size), InterpolationMode(interpolation)), CenterCrop(img_size)])
+        height, width = img_size
+        cover = Resize(height, InterpolationMode(interpolation))
+        if height != width:
+            cover = ResizeKeepRatio(img_size, longest=0.0, interpolation=interpolation)
+        crop.transforms[0] = Compose([cover, CenterCrop(img_size)])
     for policy in change.transforms:
         _keep_a_bit(policy)
     return Compose(crop.transforms + change.transforms + finish.transforms)

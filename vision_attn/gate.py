@@ -19,6 +19,7 @@ class Gate(Leaf):
 
     recurrence = 1  # times that OnMap applies the block, with shared weights
     not_causal = ""  # why causal=True is refused, where it is
+    undecayed: tuple[str, ...] = ()  # parameters that weight decay leaves alone: learned tokens, tables over positions
 
     def __init__(self, dim: int):
         super().__init__()

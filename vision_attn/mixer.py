@@ -2,6 +2,7 @@
 
 import warnings
 from functools import reduce
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -15,6 +16,7 @@ from .grid import Grid
 from .leaf import Leaf
 from .pattern import BlindSpot, Pattern, blind_spot
 from .precision import weight_of
+from .rotary import Rotary
 from .traced import fixed
 
 
@@ -32,6 +34,9 @@ class Mixer(Leaf):
         key_dim: channels of all queries (and of all keys) together. None: ``dim``.
         qkv_bias, proj_bias: biases of the two projections.
         qk_norm: normalises each head's queries and keys by ``norm_layer`` (default LayerNorm).
+        rotary: turns queries and keys by their places, after their norms: "axial", "mixed" (learned frequencies) or
+            "dinov3" (coordinates from -1 to 1), as `rotary.Rotary` tells; refused where scores are not of a query and a
+            key at two places. None: not at all.
         scale: factor on q·k. None: (key_dim / num_heads)^-½.
         attn_drop: dropout on the attention weights; proj_drop: dropout on the output.
 
@@ -41,8 +46,10 @@ class Mixer(Leaf):
 
     recurrence = 1  # times that OnMap applies the block, with shared weights
     not_causal = ""  # why causal=True is refused, where it is
+    not_rotary = ""  # why rotary positions are refused, where it is not for want of queries and keys
     causal = False  # whether nothing is seen that comes later in raster order
     averages = True  # whether weights are ≥ 0 and each token's sum to 1
+    undecayed: tuple[str, ...] = ()  # parameters that weight decay leaves alone: learned tokens, tables over positions
     projects = "qkv"  # what is made of the input; what is not, `mix` and `weights` get without channels
 
     def __init__(
@@ -54,6 +61,7 @@ class Mixer(Leaf):
         qkv_bias: bool = True,
         qk_norm: bool = False,
         norm_layer: type[nn.Module] | None = None,
+        rotary: Literal["axial", "mixed", "dinov3"] | None = None,
         scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -80,6 +88,7 @@ class Mixer(Leaf):
             check.boolean(name, value)
         if qk_norm and not {"q", "k"} <= set(self.projects):
             raise ValueError(f"qk_norm={qk_norm!r}: must be False: there are no queries and keys to compare")
+        self.check_rotary(rotary)
         check.rate("attn_drop", attn_drop)
         check.rate("proj_drop", proj_drop)
         self.dim, self.key_dim, self.num_heads = dim, key_dim, num_heads
@@ -91,8 +100,21 @@ class Mixer(Leaf):
         self.qkv = nn.Linear(dim, sum(self.widths), bias=qkv_bias, **dd)
         self.q_norm = norm(key_dim // num_heads, **dd) if norm else nn.Identity()
         self.k_norm = norm(key_dim // num_heads, **dd) if norm else nn.Identity()
+        self.rotary = None if rotary is None else Rotary(rotary, num_heads, key_dim // num_heads, **dd)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def check_rotary(self, rotary) -> None:
+        """Raises ValueError for rotary positions where they are refused."""
+        if rotary is not None and self.rotary_refusal:
+            name = type(self).__module__.rpartition(".")[2]
+            raise ValueError(f"rotary={rotary!r}: must be None, {name} has no rotary positions: {self.rotary_refusal}")
+
+    @property
+    def rotary_refusal(self) -> str:
+        """Why rotary positions are refused; empty where they are not."""
+        both = {"q", "k"} <= set(self.projects)
+        return self.not_rotary or ("" if both else "there are no queries and keys to turn")
 
     def mix(
         self,
@@ -128,8 +150,16 @@ class Mixer(Leaf):
         prefix = grid.prefix_of(x.shape[1])
         if torch.jit.is_tracing():  # for this number of prefix tokens: others are an error where the graph runs
             x = x.reshape(x.shape[0], prefix + grid.size, self.dim)
+        return self.heads_at(x, grid)
+
+    def heads_at(self, x: Float[Tensor, "B tokens dim"], grid: Grid, place: int | None = None) -> tuple:
+        """`heads` of tokens that are known to fit ``grid``, or of one token, at raster index ``place`` of it."""
         q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in self.projected(x))
-        return self.q_norm(q), self.k_norm(k), v
+        return *self.turned(self.q_norm(q), self.k_norm(k), grid, place), v
+
+    def turned(self, q: Tensor, k: Tensor, grid: Grid, place: int | None = None) -> tuple[Tensor, Tensor]:
+        """Queries and keys, turned by their places if they are to be."""
+        return (q, k) if self.rotary is None else self.rotary(q, k, grid, place)
 
     def projected(self, x: Float[Tensor, "B tokens dim"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of ``x``, those of all heads side by side, each (B, tokens, channels)."""
@@ -166,8 +196,15 @@ class Mixer(Leaf):
 
     def step(self, x: Float[Tensor, "B dim"], place: int, cache) -> Float[Tensor, "B dim"]:
         """What `forward` gives at raster index ``place``, all earlier indices having been stepped through."""
-        q, k, v = (t[:, :, 0] for t in self.heads(x[:, None], Grid(1, 1)))
-        return self.proj_drop(self.proj(cache.step(q, k, v, place).flatten(1)))
+        return self.proj_drop(self.proj(cache.step(*self.heads_of_pixel(x, place, cache), place).flatten(1)))
+
+    def heads_of_pixel(self, x: Float[Tensor, "B dim"], place: int, cache) -> list[Tensor]:
+        """Queries, keys and values of the pixel at raster index ``place``, each (B, heads, d).
+
+        Where they are turned, ``cache.grid`` tells its row and column.
+        """
+        grid = Grid(1, 1) if self.rotary is None else cache.grid
+        return [t[:, :, 0] for t in self.heads_at(x[:, None], grid, place)]
 
     @property
     def steps(self) -> tuple["Mixer", ...]:

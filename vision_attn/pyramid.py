@@ -60,6 +60,8 @@ class Pyramid(Directed):
 class PyramidMixer(Mixer):
     """Softmax attention over the cells that a `Pyramid` shows. Arguments: the pyramid, and those of `Mixer`."""
 
+    not_rotary = "keys are averaged over cells, of pixels at many places"
+
     def __init__(self, pattern: Pyramid, dim: int, num_heads: int | None = None, **mixer):
         super().__init__(dim, num_heads, **mixer)
         self.pattern = pattern

@@ -193,6 +193,8 @@ class RelativeMixer(Mixer):
         ValueError: an argument is out of range.
     """
 
+    not_rotary = "distances are in its scores already, by waves that queries and keys are not turned for"
+
     def __init__(
         self,
         pattern: Pattern,

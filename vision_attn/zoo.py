@@ -196,12 +196,20 @@ def layer(name: str | type, **options) -> type:
     check_options(name, options.keys() - {"init_gain", "causal"})  # of the layer, and to be False for all
 
     class Layer:
+        made_of = name, options
+
         # Gives a plain OnMap, which copies and pickles. Some hosts pass their activation; a block keeps its paper's.
         def __new__(cls, channels: int, *, act_layer=None, **more):
             return create_layer(name, channels, **{**options, **more})
 
     Layer.__name__ = Layer.__qualname__ = f"layer({name_of(name)!r})"
     return Layer
+
+
+def taken_apart(block: str | type, options: dict) -> tuple[str | type, dict]:
+    """A block and its options; of a class that `layer` made, those it was made of, with ``options`` over them."""
+    name, own = getattr(block, "made_of", (block, {}))
+    return name, {**own, **options}
 
 
 def describe(name: str | type) -> Entry:

@@ -143,10 +143,12 @@ def test_an_opset_that_is_not_known_leaves_no_file(tmp_path, opset, error, said)
 
 def test_a_new_layer_is_exported_as_it_is_and_the_model_is_left_alone(tmp_path):
     """Random gains are for the check alone."""
-    model = resnet("dense").train()
-    model.fc.eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 4, 4), nn.BatchNorm2d(24), create_layer("dense", 24), nn.Conv2d(24, 7, 3, padding=1)
+    )
+    model.train()[-1].eval()
     before, modes = copy.deepcopy(model.state_dict()), {m: m.training for m in model.modules()}
-    backbones.export_onnx(model, tmp_path / "m.onnx")
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert {m: m.training for m in model.modules()} == modes and all(p.grad is None for p in model.parameters())
     assert_same_answers(copy.deepcopy(model).eval(), tmp_path / "m.onnx")
@@ -350,7 +352,7 @@ def test_every_block_in_a_smaller_file(tmp_path, block, precision, opset, make, 
 @in_turn(
     {
         "precision, share, error": [("fp16", 0.7, 0.02), ("int8", 0.5, 0.2)],
-        "make, args": [(resnet, {}), (vit, FREE)],
+        "make, args": [pytest.param(resnet, {}, marks=pytest.mark.slow), (vit, FREE)],
         "block": ["cbam", "criss_cross"],
     }
 )

@@ -13,7 +13,7 @@ from conftest import GATES, MIXERS, alive, every_block, every_mixer, in_turn
 from torch import nn
 
 import backbones
-from vision_attn import OnMap, OnTokens, list_blocks
+from vision_attn import Grid, OnMap, OnTokens, list_blocks
 from vision_attn.layout import Residual
 
 # model, its arguments, the size of an image it takes, and where layers go when nothing is said
@@ -291,10 +291,15 @@ def test_a_place_that_runs_all_its_children_is_refused():
     assert torch.equal(backbones.insert(model, GATES[0], "features.transition2")(x), wanted)
 
 
-def test_tokens_without_a_grid_are_refused():
-    model = timm.create_model("xcit_nano_12_p16_224", num_classes=7, depth=1)
-    with pytest.raises(ValueError, match="model=Xcit: gives tokens, but has no patch_embed that tells their grid"):
-        backbones.insert(model, GATES[0])
+@pytest.mark.parametrize("block", [GATES[0], MIXERS[0]])
+def test_tokens_whose_grid_the_model_does_not_tell_but_shows(block):
+    model = alive(timm.create_model("xcit_nano_12_p16_224", num_classes=7, depth=2)).eval()
+    x, met = torch.randn(2, 3, 48, 80), []
+    wanted = model(x)
+    backbones.insert(model, block)
+    for layer in layers(model).values():
+        layer.register_forward_hook(lambda m, args, out: met.append(args[1]))
+    assert torch.equal(model(x), wanted) and met == [Grid(3, 5)] * len(layers(model))
 
 
 @pytest.mark.parametrize("host, at", [("cait_xxs24_224", "blocks.1"), ("vit_tiny_patch16_224", "patch_embed")])

@@ -21,6 +21,7 @@ def expected_at(name, y, x, causal):
         "row": [(y, other) for other in columns],
         "column": [(other, x) for other in rows],
         "previous_row": [(y - 1, other) for other in range(7)] if y else [(y, x)],
+        "all": [(row, column) for row in range(5) for column in range(7) if not causal or (row, column) <= (y, x)],
         "left": [(y, max(x - 1, 0))],
         "right": [(y, min(x + 1, 6))],
         "up": [(max(y - 1, 0), x)],
@@ -30,7 +31,7 @@ def expected_at(name, y, x, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", [*NAMES, "previous_row"])
+@pytest.mark.parametrize("name", [*NAMES, "previous_row", "all"])
 def test_on_a_numbered_map_each_pixel_gets_the_mean_of_the_places_named(name, causal):
     if causal and name in ("right", "down"):
         with pytest.raises(ValueError, match=f"causal=True must be without {name}"):
@@ -40,6 +41,35 @@ def test_on_a_numbered_map_each_pixel_gets_the_mean_of_the_places_named(name, ca
     expected = [expected_at(name, y, x, causal) for y in range(5) for x in range(7)]
     out = block.mix(v[..., :0], v[..., :0], v, GRID)
     torch.testing.assert_close(out.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-14)
+
+
+def mixed(name, v, **options):
+    return create_block("hand_crafted", 3, num_heads=1, patterns=(name,), **options).mix(
+        v[..., :0], v[..., :0], v, GRID
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["left", "right", "up", "down"])
+def test_a_narrow_bell_is_a_step_and_a_wide_one_the_mean_of_all(name, causal):
+    if causal and name in ("right", "down"):
+        with pytest.raises(ValueError, match=f"causal=True must be without gaussian_{name}"):
+            mixed(f"gaussian_{name}", numbered(), causal=True)
+        return
+    v = torch.randn(2, 1, GRID.size, 3, dtype=torch.float64)
+    for width, other in ((0.01, name), (1e6, "all")):
+        out = mixed(f"gaussian_{name}", v, width=width, causal=causal)
+        torch.testing.assert_close(out, mixed(other, v, causal=causal), rtol=1e-9, atol=1e-9)
+
+
+def test_a_bell_falls_with_the_distance_to_its_centre():
+    """Twice as far is the fourth power, whichever way; of what is weighted alike the sum is 1."""
+    block = create_block("hand_crafted", 3, num_heads=1, patterns=("gaussian",), width=1.7)
+    seen = block.attention(torch.randn(1, GRID.size, 3), GRID)[0, 0, 2 * 7 + 3].view(5, 7)  # of the middle
+    torch.testing.assert_close(seen, seen.flip(0)), torch.testing.assert_close(seen, seen.flip(1))
+    once, twice = seen[2, 2] / seen[2, 3], seen[2, 1] / seen[2, 3]
+    torch.testing.assert_close(twice, once**4), torch.testing.assert_close(seen[1, 3], seen[2, 2])
+    assert once.item() == pytest.approx(2.718281828 ** (-1 / (2 * 1.7**2)), rel=1e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -51,6 +51,28 @@ def test_a_layer_without_queries_attends_as_the_one_before():
     torch.testing.assert_close(asked[1], asked[0], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_layers_that_share_scores_have_the_weights_of_the_first(causal):
+    """Made once, as a matrix, and multiplied by the values of each layer."""
+    block = create_block("residual_logits", DIM, num_heads=HEADS, layers=3, share="scores", causal=causal).double()
+    assert [layer.qkv.out_features for layer in block.steps] == [3 * DIM, DIM, DIM]
+    tokens = torch.randn(2, 5 + GRID.size, DIM, dtype=torch.float64)
+    x, shares = tokens, block.steps[0].attention(tokens, GRID)
+    for layer in block.steps:
+        v = rearrange(layer.qkv(x)[..., -DIM:], "b t (n d) -> b n t d", n=HEADS)
+        x = x + layer.proj(rearrange(shares @ v, "b n t d -> b t (n d)"))
+    torch.testing.assert_close(block(tokens, GRID), x - tokens, rtol=1e-10, atol=1e-12)
+
+
+def test_a_cache_of_shared_scores_keeps_one_set_of_keys_a_layer():
+    sums, scores = (
+        create_block("residual_logits", DIM, num_heads=HEADS, layers=3, share=share, causal=True).new_cache(2, GRID)
+        for share in ("sums", "scores")
+    )
+    assert sums.nbytes == 2 * GRID.size * DIM * (2 + 3 + 4) * 4  # of float32
+    assert scores.nbytes == 2 * GRID.size * DIM * (2 + 2 + 2) * 4
+
+
 @pytest.mark.parametrize("layers", [2, 3])
 def test_its_attention_is_that_of_all_layers(layers):
     block = create_block("residual_logits", DIM, num_heads=1, layers=layers).double()
@@ -80,3 +102,5 @@ def test_it_costs_what_its_docstring_says():
     for layers in (1, 2, 3):
         block = create_block("residual_logits", 24, num_heads=HEADS, layers=layers, device="meta").eval()
         assert flops(block, x, GRID) == 2 * (n**2 * 24 * layers * (layers + 1) + layers * 4 * n * 24**2)
+        block = create_block("residual_logits", 24, num_heads=HEADS, layers=layers, share="scores", device="meta")
+        assert flops(block.eval(), x, GRID) == 2 * (n**2 * 24 * layers * 2 + (2 * layers + 2) * n * 24**2)

@@ -23,6 +23,9 @@ def contents(**kwargs):
         dict(
             model="resnet18",
             model_args={"num_classes": 2, "in_chans": 3},
+            insert=None,
+            imports=[],
+            scaler=None,
             state_dict=model.state_dict(),
             ema=None,
             optimizer=optimizer.state_dict(),
@@ -34,6 +37,7 @@ def contents(**kwargs):
             config={},
             data={"mean": [0.5], "class_names": ["a", "b"]},
             versions=checkpoint.versions(),
+            made={},
         )
         | kwargs
     )

@@ -47,15 +47,26 @@ def test_options_may_be_spelled_with_dashes_and_switches_stand_alone():
     assert (config.max_bad, config.save_every) == (0.5, 7)
 
 
+def test_several_words_after_an_option_are_a_list():
+    config = parse("", ["--data.mean", "0.5", "0.4", "0.3", "--imports", "a.b", "--data.std=[1, 2, 3]"])
+    assert config.data.mean == [0.5, 0.4, 0.3] and config.data.std == [1, 2, 3] and config.imports == ["a.b"]
+    config = parse("", ["--model.insert", "cbam", "--model.at", "*.1", "layer3", "--optim.only", "*attn_*"])
+    assert config.model.at == ["*.1", "layer3"] and config.optim.only == "*attn_*"
+
+
 @pytest.mark.parametrize(
     "argv, named",
     [
-        (["--epohcs", "3"], "epohcs"),
-        (["--epoch", "3"], "epoch"),  # no abbreviations
-        (["--optim.lrr", "3"], "lrr"),
-        (["--epochs", "many"], "epochs"),
-        (["--optim.lr", "fast"], "optim.lr"),
-        (["--augment.crop", "diagonal"], "augment.crop"),
+        (["--epohcs", "3"], "unknown option --epohcs; nearest: --epochs"),
+        (["--epoch", "3"], "unknown option --epoch; nearest: --epochs"),  # no abbreviations
+        (["--optim.lrr", "3"], "unknown option --optim.lrr; nearest: --optim.lr"),
+        (["--lr", "3"], "unknown option --lr; nearest: --optim.lr"),
+        (["--name=resnet18"], "unknown option --name; nearest: --model.name, --optim.name, --data.name"),
+        (["--quux", "3"], "unknown option --quux; --help lists all"),
+        (["--bf16", "true", "stray"], "'stray' follows no option"),
+        (["--epochs", "many"], "epochs must be int, got many"),
+        (["--optim.ema", "slow"], "optim.ema must be float or null, got slow"),
+        (["--augment.crop", "diagonal"], "augment.crop must be pad or resized or centre, got diagonal"),
         (["--optim.lr", "-1"], "optim.lr must be positive, got -1.0"),
         (["--augment.hflip", "2"], "augment.hflip must be a probability in 0..1, got 2.0"),
         (["--data.name", "cifar11"], "data.name must be digits"),
@@ -77,14 +88,15 @@ def test_bad_options_exit_with_code_2_and_their_name(argv, named, capsys):
     with pytest.raises(SystemExit) as exit:
         parse("", argv)
     assert exit.value.code == 2
-    assert named in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and named in line
 
 
 @pytest.mark.parametrize(
     "text, named",
     [
-        ("epohcs: 3", "epohcs"),
-        ("optim:\n  lrr: 3", "lrr"),
+        ("epohcs: 3", "unknown option epohcs; nearest: epochs"),
+        ("optim:\n  lrr: 3", "unknown option optim.lrr; nearest: optim.lr"),
         ("optim:\n  lr: fast", "optim.lr"),
         ("optim: !!python/object:os.system {}", "python/object"),
     ],

@@ -10,12 +10,10 @@ import time
 import pytest
 import torch
 from pictures import make_folder
-from scripts import CLASSIFY, PIXELS, ROOT, SHARED, equal, finish, gap, load, options, rows, standing, start
+from scripts import CLASSIFY, PIXELS, ROOT, SHARED, compare, equal, finish, gap, load, options, rows, standing, start
 
 from training import checkpoint
 from training.log import read_rows
-
-CLOSE = 2e-5  # after 28 steps of AdamW, whose first steps magnify rounding
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +22,6 @@ def alone(tmp_path_factory):
     output = tmp_path_factory.mktemp("alone")
     assert load("train_imagenet").main([*SHARED, "--output", str(output)]) == 0
     return output
-
-
-def compare(a, b):
-    """The same run but for rounding."""
-    one, other = standing(a), standing(b)
-    for key in ("epoch", "step"):
-        assert one[key] == other[key]
-    for key in ("state_dict", "ema"):
-        assert gap(one[key], other[key]) < CLOSE, key
-    for row, same in zip(rows(a), rows(b), strict=True):
-        for name in row:
-            assert float(row[name]) == pytest.approx(float(same[name]), rel=1e-5, abs=0.3 if "top" in name else 0), name
 
 
 @pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])

@@ -1,5 +1,6 @@
 """--eval: model, images and their size are the checkpoint's; what is given wins where it can, else it is refused."""
 
+import json
 import re
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from pictures import make_folder, make_shards
 from PIL import Image
+from safetensors.torch import save_file
 from scripts import PIXELS, load, options
 from timm.data import create_transform
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+import backbones
 from training import checkpoint
 from training.classification import Classification
 from training.trained import open_trained
@@ -133,12 +136,47 @@ def test_arguments_of_the_model_win_where_its_weights_fit(vit, capsys):
         ),
         (dict(data__num_classes=7), "data.num_classes is 7, but folder has 3 classes"),
         (dict(data__mean=[0.5]), "data.mean must have 3 values, one per channel, got [0.5]"),
-        (dict(data__name="digits"), "the checkpoint knows the classes ['ant', 'bee', 'cow'], the data have ['0', '1',"),
+        (dict(data__name="digits"), "the model knows the classes ['ant', 'bee', 'cow'], the data have ['0', '1',"),
         (dict(data__val_split="test"), "has no folder test, it has train, val"),
     ],
 )
 def test_what_contradicts_the_checkpoint_is_refused(given, named, resnet, capsys):
     assert named.replace("BEST", str(resnet)) in refused(resnet, capsys, *options(**given))
+
+
+def test_published_weights_are_evaluated_by_the_name_of_their_model(resnet, photos, tmp_path, capsys):
+    """Of a file that stands for what timm would fetch."""
+    overlay = {"file": str(resnet.with_name("best.safetensors")), "num_classes": 3, **OWN, "input_size": [3, 11, 11]}
+    named = options(model__name="cifar_resnet20", model__args__pretrained_cfg_overlay=json.dumps(overlay))
+    first, loss = evaluated("pretrained", capsys, *named, *options(data__dir=photos))
+    assert first == f"pretrained: cifar_resnet20, input 3×11×11, 3 classes; folder {photos}: 15 to evaluate"
+    assert loss == pytest.approx(checkpoint.load(resnet)["metrics"]["loss"], abs=1e-4)
+    make_folder(tmp_path, ("ant", "bee"), ("val",))
+    line = refused("pretrained", capsys, *named, *options(data__dir=tmp_path))
+    assert line == "error: eval: cifar_resnet20 was published for 3 classes, folder has 2"
+    line = refused("pretrained", capsys, *options(model__name="cifar_resnet20"))
+    assert "No pretrained weights exist for cifar_resnet20" in line
+
+
+def test_some_classes_of_imagenet_do_for_its_models(tmp_path, capsys):
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet18").eval()
+    save_file(plain.state_dict(), tmp_path / "weights.safetensors")
+    make_folder(tmp_path / "data", ("n01440764", "n02102040"), ("val",), images=2)  # tench and springer, 0 and 217
+    overlay = json.dumps({"file": str(tmp_path / "weights.safetensors")})
+    argv = options(model__name="resnet18", model__args__pretrained_cfg_overlay=overlay, data__dir=tmp_path / "data")
+    _, loss = evaluated("pretrained", capsys, *argv, *options(data__img_size=40))
+    prepare = create_transform(40, interpolation="bicubic", crop_pct=plain.pretrained_cfg["crop_pct"])
+    images = [
+        prepare(Image.open(tmp_path / "data" / "val" / name / f"{i}.png"))
+        for name in ("n01440764", "n02102040")
+        for i in range(2)
+    ]
+    with torch.no_grad():
+        expected = F.cross_entropy(plain(torch.stack(images)), torch.tensor([0, 0, 217, 217])).item()
+    assert loss == pytest.approx(expected, abs=2e-3)
+    line = refused("pretrained", capsys, *argv[:4])
+    assert "the model knows the classes ['n01440764', " in line and "… 1000 in all], the data have ['0', " in line
 
 
 def test_a_size_that_the_model_does_not_take_is_refused(vit, capsys):
@@ -208,7 +246,7 @@ def test_a_report_about_shards_takes_a_folder(tmp_path, capsys):
     make_folder(tmp_path / "photos", ("2", "0"), ("val",), images=2)
     assert load("report").main(options(run=tmp_path / "run")) == 2
     assert "are shards: give a folder of images with dir" in capsys.readouterr().err
-    assert [target for _, target in open_trained(best, str(tmp_path / "photos")).images] == [0, 0, 2, 2]
+    assert [target for _, target in open_trained(best, backbones, str(tmp_path / "photos")).images] == [0, 0, 2, 2]
 
 
 def test_a_run_goes_on_with_the_same_classes_only(photos, tmp_path, capsys):

@@ -277,6 +277,7 @@ def test_labels_that_are_text_become_sorted_classes(labels, tmp_path):
     train, val, classes = create_datasets(config)
     expected = {"eel": ["cat", "Dog", "eel"], "2": ["1", "2", "10"]}[labels[0]]
     assert classes == expected
+    assert [classes[target] for target in train.targets] == labels
     assert [classes[train[i][1]] for i in range(4)] == labels and [classes[val[i][1]] for i in range(2)] == labels[:2]
     none, val, classes = create_datasets(config, known=["a", *expected])
     assert none is None and [classes[val[i][1]] for i in range(2)] == labels[:2]
@@ -298,6 +299,7 @@ def test_labels_that_are_numbers_or_missing(labels, kind, tmp_path):
     assert classes == ["0", "1", "2"][: len(set(labels)) - 1]
     targets = [train[i][1] for i in (0, 1, 3)]
     assert targets == [int(labels[i]) for i in (0, 1, 3)] and all(type(target) is int for target in targets)
+    assert train.targets == targets
     with pytest.raises(ValueError, match="has no label"):
         train[2]
 

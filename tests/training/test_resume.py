@@ -68,7 +68,7 @@ def test_stopped_at_any_step(script, workers, whole, tmp_path, monkeypatch, caps
     assert rows(whole(script)) == rows(tmp_path) and len(rows(tmp_path)) == 2
     for picture in tmp_path.glob("*.png"):
         assert picture.read_bytes() == (whole(script) / picture.name).read_bytes()
-    names = ["best.pt", "best.safetensors", "last.pt", "log.csv", "step-00000028.pt"]
+    names = ["best.pt", "best.safetensors", "config.json", "last.pt", "log.csv", "step-00000028.pt"]
     left = [path.name for path in tmp_path.iterdir() if path.suffix not in (".png", ".sha256")]
     assert sorted(left) == names
 

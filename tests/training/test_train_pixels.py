@@ -1,12 +1,7 @@
 """train_pixels.py, run as a user runs it: one small layer and few epochs, but real images and the whole road."""
 
-import csv
-import importlib.util
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from scripts import REFUSED, finish, load, log_of, names, refused, start
 from torch import nn
 
 from backbones.pixel import PixelTransformer
@@ -24,30 +20,10 @@ from training.pixels import PixelConfig, complete_model_args, create_images, int
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*_pixels.yaml"))
-spec = importlib.util.spec_from_file_location("train_pixels", ROOT / "train_pixels.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+script = load("train_pixels")
 
 TINY = '{"dim": 26, "depth": 1, "num_heads": 2, "blocks": "dense"}'
 FAST = ["--model.args", TINY, "--threads", "1", "--device", "cpu"]
-
-
-def refused(argv, capsys):
-    """The one line the script refuses `argv` with."""
-    assert script.main(argv) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("error: ")
-    return lines[-1]
-
-
-def rows(output):
-    with open(output / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def names(output):
-    """What a run leaves, its numbered checkpoints and the hashes aside."""
-    return sorted(p.name for p in output.iterdir() if p.suffix != ".sha256" and not p.name.startswith("step-"))
 
 
 # configuration and images
@@ -62,28 +38,6 @@ def test_every_config_parses_and_says_what_was_measured(path):
     for word in ("Command:", "Hardware:", "Time:", "Result:"):
         assert any(line.startswith(f"# {word}") for line in header), f"{path.name} lacks {word}"
     assert f"--config configs/{path.name}" in header[0]
-
-
-@pytest.mark.parametrize(
-    "argv, named",
-    [
-        (["--epohcs", "3"], "epohcs"),
-        (["--pictures.evry", "3"], "evry"),
-        (["--data.crop_pct", "0.9"], "crop_pct"),
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
-        (["--data.name", "digit"], "data.name must be digits, cifar10 or folder, got 'digit'"),
-        (["--data.img_size", "9"], "data.img_size must be 8 for digits, whose pixels are counts, got 9"),
-        (["--pictures.count", "0"], "pictures.count must be at least 1, got 0"),
-        (["--pictures.temperature", "0"], "pictures.temperature must be positive, got 0.0"),
-        (["--optim.accumulate", "5"], "batch_size must be a multiple of optim.accumulate = 5, got 96"),
-        (["--resume", "a", "--eval", "b"], "resume, eval and dry_run exclude each other"),
-    ],
-)
-def test_bad_options_exit_with_code_2_and_their_name(argv, named, capsys):
-    with pytest.raises(SystemExit) as exit:
-        script.main(argv)
-    assert exit.value.code == 2
-    assert named in capsys.readouterr().err
 
 
 def test_a_typo_in_a_file_is_refused_by_name(tmp_path, capsys):
@@ -130,27 +84,21 @@ def test_pictures_hold_the_values(tmp_path):
 def test_digits_in_a_process_of_its_own(tmp_path):
     output, config = tmp_path / "run", tmp_path / "c.yaml"
     config.write_text("epochs: 5\noptim:\n  ema: 0.9\npictures: {every: 2, count: 3}\n")
-    command = [sys.executable, str(ROOT / "train_pixels.py"), "--config", str(config), *FAST, "--epochs", "3"]
-    done = subprocess.run(
-        [*command, "--output", str(output)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"CI": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    argv = ["--config", str(config), *FAST, "--epochs", "3", "--output", str(output)]
+    code, out, err = finish(start("train_pixels", argv, cwd=tmp_path))
+    assert code == 0, err
+    lines = out.splitlines()
     assert "input 1×8×8, 17 levels; digits: 1344 images an epoch, 360 to evaluate" in lines[0]
     assert lines[1].startswith("epoch 1/3 ") and lines[3].startswith("epoch 3/3 ") and len(lines) == 5
-    assert "images/s]" not in done.stderr  # no progress bar away from a terminal
+    assert "images/s]" not in err  # no progress bar away from a terminal
 
-    log = rows(output)
+    log = log_of(output)
     assert [row["epoch"] for row in log] == ["1", "2", "3"] and log[-1]["step"] == "42"
     bits = [[float(row[f"{part}_bits"]) for row in log] for part in ("train", "test")]
     for part in bits:
         assert math.log2(17) > part[0] > part[1] > part[2] > 1.8
     drawn = [f"{kind}-000{epoch}.png" for kind in ("completions", "samples") for epoch in (2, 3)]
-    assert names(output) == ["best.pt", "best.safetensors", *drawn[:2], "last.pt", "log.csv", *drawn[2:]]
+    assert names(output) == ["best.pt", "best.safetensors", *drawn[:2], "config.json", "last.pt", "log.csv", *drawn[2:]]
     assert Image.open(output / drawn[0]).size == Image.open(output / drawn[2]).size[:1] + (3 * 68 + 4,)
 
     ckpt = checkpoint.load(output / "best.pt")
@@ -167,7 +115,13 @@ def test_evaluation_repeats_the_bits_of_the_checkpoint_and_meets_targets(tmp_pat
     assert script.main(run) == 0
     path = tmp_path / "run" / "best.pt"
     bits = checkpoint.load(path)["metrics"]["bits_per_dim"]
-    assert names(path.parent) == ["best.pt", "best.safetensors", "last.pt", "log.csv"]  # no pictures by default
+    assert names(path.parent) == [
+        "best.pt",
+        "best.safetensors",
+        "config.json",
+        "last.pt",
+        "log.csv",
+    ]  # no pictures by default
     capsys.readouterr()
     assert script.main(["--eval", str(path), "--output", str(tmp_path / "none"), "--batch_size", "77"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"bits_per_dim {bits:.4f}"
@@ -176,7 +130,7 @@ def test_evaluation_repeats_the_bits_of_the_checkpoint_and_meets_targets(tmp_pat
     assert f"{bits:.3f} bits per dimension are above the target 1.000" in capsys.readouterr().err
     assert script.main(["--eval", str(path), "--target_bits", f"{bits + 1e-3}"]) == 0
     other = ["--eval", str(path), "--data.name", "cifar10", "--data.dir", str(tmp_path)]
-    assert "holds a model of 17 levels, cifar10 has 256" in refused(other, capsys)
+    assert "holds a model of 17 levels, cifar10 has 256" in refused("train_pixels", other, capsys)
 
 
 def test_colour_images_of_a_folder_in_two_streams(tmp_path):
@@ -231,22 +185,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_code_1(tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, named",
     [
+        *REFUSED,
+        (["--pictures.evry", "3"], "evry"),
+        (["--data.crop_pct", "0.9"], "crop_pct"),
+        (["--data.name", "digit"], "data.name must be digits, cifar10 or folder, got 'digit'"),
+        (["--data.img_size", "9"], "data.img_size must be 8 for digits, whose pixels are counts, got 9"),
+        (["--pictures.count", "0"], "pictures.count must be at least 1, got 0"),
+        (["--pictures.temperature", "0"], "pictures.temperature must be positive, got 0.0"),
         (["--model.name", "pixel_digit"], "Unknown model (pixel_digit); similar names: pixel_digits"),
         (["--model.name", "cifar_resnet20", "--model.args", "{}"], "unexpected keyword argument"),
-        (["--model.args.colour", "red"], "unexpected keyword argument 'colour'"),
         (["--model.args.blocks", "dens"], "block='dens': no such block; nearest: dense"),
         (["--model.args.levels", "16"], "model.args.levels is 16, but digits has 17"),
         (["--model.args.img_size", "9"], "model.args.img_size is 9, but digits has 8"),
         (["--model.args.in_chans", "3"], "in_chans must be 1 (grey) for digits, got 3"),
-        (["--data.name", "folder"], "data.dir must be given for data.name folder"),
-        (["--data.name", "cifar10", "--data.dir", "/nowhere"], "data.dir /nowhere is not a directory"),
-        (["--device", "toaster"], "device must be auto or a torch device that is there, got 'toaster'"),
-        (["--optim.name", "adamx"], "optim.name adamx"),
-        (["--batch_size", "2000"], "batch_size must be at most the 1437 training images, got 2000"),
-        (["--resume", "/nowhere.pt"], "there is no checkpoint /nowhere.pt"),
-        (["--eval", __file__], "is damaged or not a checkpoint"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, named, tmp_path, capsys):
-    assert named in refused([*FAST, "--output", str(tmp_path / "run"), *argv], capsys)
+    assert named in refused("train_pixels", [*FAST, "--output", str(tmp_path / "run"), *argv], capsys)
     assert not (tmp_path / "run").exists()

@@ -34,7 +34,7 @@ def test_the_whole_past_gives_the_same(case, grid):
         return
     torch.testing.assert_close(out, block(x, grid), rtol=1e-10, atol=1e-12)
     if type(cache) is PatternCache:
-        assert cache.nbytes == 8 * BATCH * grid.size * (block.key_dim + block.dim)  # of float64
+        assert cache.nbytes == 8 * BATCH * grid.size * block.num_heads * sum(block.head_dims)  # of float64
 
 
 @pytest.mark.parametrize("full", [False, True])

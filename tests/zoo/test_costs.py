@@ -29,7 +29,12 @@ def stated(name: str, grid: Grid, **given) -> float:
     values |= dict(N=grid.size, H=grid.height, W=grid.width, d=DIM, heads=getattr(block, "num_heads", None), min=min)
     values["log2"] = math.log2
     # d ln d of a head; 5 ⌈ln N⌉ of 64×64 pixels; the relay
-    values |= {"performer": {"M": 111}, "prob_sparse": {"u": 45}, "star": {"R": 1}}.get(name, {})
+    values |= {
+        "collaborative": {"D": DIM // 4},
+        "performer": {"M": 111},
+        "prob_sparse": {"u": 45},
+        "star": {"R": 1},
+    }.get(name, {})
     formula = describe(name).cost.replace("²", "**2").replace("^", "**")
     return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", "*", formula), values)
 
@@ -48,8 +53,8 @@ def looked_at(mixer: Mixer, grid: Grid) -> float:
     else:
         for part, heads in zip(mixer.pattern.by_head(), mixer.pattern.shares(mixer.num_heads)):
             pairs += heads * away_from_the_border(part.mask(grid).sum(dim=1))
-    products = 2 if "q" in mixer.projects else 1  # weights that compare nothing are only multiplied by values
-    return products * pairs * DIM / mixer.num_heads
+    key, value = mixer.head_dims
+    return pairs * (value + key * ("q" in mixer.projects))  # weights that compare nothing are only multiplied by values
 
 
 def away_from_the_border(seen: torch.Tensor) -> float:
@@ -73,11 +78,17 @@ def computed(block: nn.Module, by_element: bool) -> float:
     aten = torch.ops.aten
     outputs = {op: lambda *_, out_shape, **__: torch.Size(out_shape).numel() for op in (aten.mul, aten.add)}
     inputs_ = {op: lambda x, *_, **__: torch.Size(x).numel() for op in (aten.sum, aten.mean)}
-    transforms = {aten._fft_c2c: of_a_transform, aten._fft_r2c: of_a_real_transform, aten._fft_c2r: of_a_real_transform}
-    counter = FlopCounterMode(display=False, custom_mapping=transforms | (outputs | inputs_ if by_element else {}))
+    own = {aten._fft_c2c: of_a_transform, aten._fft_r2c: of_a_real_transform, aten._fft_c2r: of_a_real_transform}
+    own |= {op: of_bags for op in (aten._embedding_bag, aten._embedding_bag_forward_only)}
+    counter = FlopCounterMode(display=False, custom_mapping=own | (outputs | inputs_ if by_element else {}))
     with torch.no_grad(), counter:
         block.eval()(*inputs)
     return counter.get_total_flops() / 2 - sum(projected)
+
+
+def of_bags(table, chosen, *_, **__) -> float:
+    """Each row that is chosen, times its weight."""
+    return 2 * math.prod(chosen) * table[1]
 
 
 def of_a_transform(shape, axes, *_, out_shape, **__) -> float:

@@ -44,6 +44,7 @@ class Block(Mixer):
     """
 
     not_causal = "scores are of means over whole rows and columns"
+    not_rotary = "its scorer reads channels of queries and keys one by one, which a turn mixes"
 
     def __init__(self, dim, num_heads=None, *, edges: int = 16, width: int = 8, device=None, dtype=None, **mixer):
         check.positive_int("edges", edges)

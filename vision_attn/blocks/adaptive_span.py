@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import check
@@ -40,6 +40,7 @@ from ..engines.cache import Store
 from ..engines.route import note, takes_dense
 from ..engines.union import attend, flash
 from ..grid import Grid
+from ..kept import kept
 from ..key_set import Everything, Only, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Past, Pattern, Window
@@ -151,14 +152,11 @@ class Block(Mixer):
     def mix_by_mask(self, q, k, v, grid):
         """The same for small grids: log m of all pairs is one mask."""
         note("dense")
-        prefix, place = grid.prefix_of(q.shape[2]), torch.arange(grid.size, device=q.device)
-        y, x = rows_and_columns(place, grid.width)
-        bias = self.bias(torch.maximum((y - y[:, None]).abs(), (x - x[:, None]).abs()))  # (heads, N, N)
-        least = torch.finfo(v.dtype).min / 2
-        if self.causal:
-            bias = bias.masked_fill(place > place[:, None], least)
-        bias = F.pad(bias.clamp(min=least), (0, 0, prefix, 0), value=least if self.causal else 0.0)
-        bias = F.pad(bias, (prefix, 0)).to(v.dtype)[None]
+        prefix, least = grid.prefix_of(q.shape[2]), torch.finfo(v.dtype).min / 2
+        (which,) = kept(distances, grid, prefix, self.causal, device=q.device)
+        bias = self.bias(torch.arange(max(grid), device=q.device)).clamp(min=least)  # (heads, distances)
+        bias = torch.cat([bias, bias.new_tensor([least, 0.0]).expand(self.num_heads, -1)], dim=1).to(v.dtype)
+        bias = bias.index_select(1, which.flatten()).unflatten(1, which.shape)[None]
         out = flash(q, k, v, attn_mask=bias, dropout_p=self.dropout, scale=self.scale)
         return self.without_alone(out, grid)
 
@@ -196,6 +194,18 @@ class Block(Mixer):
         return Near(self, Store(keys, Grid.of(grid), batch, self.num_heads, dims=self.head_dims, **factory))
 
 
+def distances(grid: Grid, prefix: int, causal: bool, device) -> tuple[Int[Tensor, "tokens tokens"]]:
+    """How far it is from each token to each: a distance less than max(H, W), that where nothing is seen, or one more
+    where all is."""
+    hidden, place = max(grid), torch.arange(grid.size, device=device)
+    y, x = rows_and_columns(place, grid.width)
+    among = torch.maximum((y - y[:, None]).abs(), (x - x[:, None]).abs())
+    if causal:
+        among = among.masked_fill(place > place[:, None], hidden)
+    among = F.pad(among, (0, 0, prefix, 0), value=hidden if causal else hidden + 1)
+    return (F.pad(among, (prefix, 0), value=hidden + 1),)
+
+
 class Held(torch.autograd.Function):
     """A clamp to [0, 1]; beyond, only the gradient passes along which a descent comes back."""
 
@@ -225,7 +235,7 @@ class Near:
     """
 
     def __init__(self, block: Block, store: Store):
-        self.block, self.store = block, store
+        self.block, self.store, self.grid = block, store, store.grid
 
     @property
     def nbytes(self) -> int:

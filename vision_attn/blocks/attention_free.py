@@ -46,6 +46,7 @@ class Block(Mixer):
     """
 
     projects = "v"  # and the gate q and the numbers k, which are not compared
+    undecayed = ("near",)
 
     def __init__(
         self,

@@ -41,7 +41,10 @@ from ..precision import at_least_float32
 class Along(PatternMixer):
     """Attention along one axis, with relative positions if ``length`` is given."""
 
+    undecayed = ("relative",)
+
     def __init__(self, axis, length, out_proj, dim, num_heads, *, device=None, dtype=None, **mixer):
+        self.not_rotary = "relative positions are compared with queries and keys as they are" if length else ""
         super().__init__((Column(), Row())[axis], dim, num_heads, device=device, dtype=dtype, **mixer)
         self.axis, self.length = axis, length
         if not out_proj:
@@ -108,7 +111,7 @@ class Block(Sequence):
         length: axis length that relative positions are learned for, an integer or (height, width); None: no positions.
         out_proj: whether a projection, ``proj``, follows the heads of each step; without it, as in Axial-DeepLab,
             ``proj_bias`` has no effect.
-        Others: those of `Mixer`.
+        Others: those of `Mixer`; ``rotary`` without ``length``.
     """
 
     not_causal = "a causal column and a causal row never reach what is right of a pixel in the rows above"

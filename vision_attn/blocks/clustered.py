@@ -47,6 +47,7 @@ class Block(Mixer):
     """
 
     not_causal = "queries are averaged over the whole image, and clusters are made of all of it"
+    not_rotary = "queries are averaged over pixels at many places"
 
     def __init__(
         self,

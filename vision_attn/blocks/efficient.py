@@ -30,6 +30,7 @@ class Block(Mixer):
     """
 
     not_causal = "the softmax over positions divides by the whole image"
+    not_rotary = "a query's softmax goes over its channels, which a turn mixes"
 
     def __init__(
         self,

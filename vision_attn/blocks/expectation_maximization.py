@@ -18,7 +18,6 @@ the scores of the E step (paper and code: 1). Weights start as torch's layers do
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import check
@@ -65,7 +64,7 @@ class Block(Gate):
         check.one_of("grad", grad, ("full", "paper"))
         self.iterations, self.temperature, self.through = iterations, temperature, grad == "full"
         # without a gradient for good, it is no parameter to train: distributed training would wait for it
-        self.before = nn.Linear(dim, dim, **dd).requires_grad_(self.through)
+        self.before = nn.Conv2d(dim, dim, 1, **dd).requires_grad_(self.through)
         self.after = nn.Conv2d(dim, dim, 1, bias=False, **dd)
         self.bases = Bases(dim, bases, momentum, beside=self.after, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
@@ -76,30 +75,32 @@ class Block(Gate):
             return self.redraw(x.to(weight_of(self.after).dtype)).to(x.dtype)
 
     def redraw(self, x):
-        features = self.before(x.permute(0, 2, 3, 1))  # (B, H, W, C)
+        features = self.before(x)
         with torch.set_grad_enabled(self.through and torch.is_grad_enabled()):
-            z, mu = self.fit(features.flatten(1, 2))
-            redrawn = (z.to(mu.dtype) @ mu.transpose(-2, -1)).unflatten(1, features.shape[1:3])
+            z, mu = self.fit(features.flatten(2))
+            share, bases = z.to(mu.dtype).transpose(1, 2), mu  # (B, K, N), (B, C, K)
+            if features.is_contiguous():
+                redrawn = bases @ share
+            else:  # channels last, as the features
+                redrawn = (share.transpose(1, 2) @ bases.transpose(1, 2)).transpose(1, 2)
+            redrawn = redrawn.reshape(features.shape)
         self.bases.note(mu.to(at_least_float32(mu)).mean(dim=0))
-        redrawn = redrawn.to(x.dtype).relu().permute(0, 3, 1, 2)
+        redrawn = redrawn.to(x.dtype).relu()
         return x + self.norm(self.after(redrawn))
 
     def fit(self, x):
-        """Responsibilities (B, N, K) and bases (B, C, K) of the features (B, N, C) after all iterations."""
+        """Responsibilities (B, N, K) and bases (B, C, K) of the features (B, C, N) after all iterations."""
         wide = at_least_float32(x)
-        # (B, C + 1, N): sums of z come out of the same product
-        with_one = F.pad(x, (0, 1), value=1.0).transpose(1, 2).to(wide)
         mu = self.bases.value.to(x.dtype).expand(x.shape[0], -1, -1)
         for _ in range(self.iterations):
-            z = (x @ (mu / self.temperature)).softmax(dim=-1, dtype=wide)
-            mu, total = (with_one @ z).split([x.shape[-1], 1], dim=1)  # (B, C, K), (B, 1, K): small, unlike z
-            mu = mu / (1e-6 + total)
+            z = (x.transpose(1, 2) @ (mu / self.temperature)).softmax(dim=-1, dtype=wide)
+            mu = x.to(wide) @ z / (1e-6 + z.sum(dim=1, keepdim=True))
             mu = (mu / (1e-6 + mu.norm(dim=1, keepdim=True))).to(x.dtype)
         return z, mu
 
     def attention_map(self, x):
         """How surely each pixel belongs to one basis: its largest responsibility."""
-        z, _ = self.fit(self.before(self.checked(x).permute(0, 2, 3, 1)).flatten(1, 2))
+        z, _ = self.fit(self.before(self.checked(x)).flatten(2))
         return z.amax(dim=-1).unflatten(1, x.shape[2:])
 
     def reference(self, x):
@@ -113,7 +114,7 @@ class Block(Gate):
 
     def reference_image(self, image):
         """One image (C, H, W) in loops over pixels and bases, up to the BatchNorm."""
-        pixels = [self.before.weight @ p + self.before.bias for p in image.flatten(1).unbind(1)]
+        pixels = [self.before.weight[:, :, 0, 0] @ p + self.before.bias for p in image.flatten(1).unbind(1)]
         bases = list(self.bases.value.unbind(1))
         for _ in range(self.iterations):
             scores = [torch.stack([(p * b).sum() / self.temperature for b in bases]) for p in pixels]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import check
 from ..engines.kernel import Recurrence, attend, attend_past, state
+from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import Past
 from ..precision import at_least_float32
@@ -78,14 +79,15 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that fast attention knows of the past")
-        return State(self.mean, batch, self.num_heads, *self.head_dims, **self.factory(device, dtype))
+        shape = batch, self.num_heads, *self.head_dims
+        return State(self.mean, *shape, grid=Grid.of(grid), **self.factory(device, dtype))
 
 
 class State(Recurrence):
     """The state of causal fast attention, whose divisor is the number of pixels so far, or none."""
 
-    def __init__(self, mean: bool, *shape: int, **factory):
-        super().__init__(unit, unit, *shape, **factory)
+    def __init__(self, mean: bool, *shape: int, **options):
+        super().__init__(unit, unit, *shape, **options)
         self.mean = mean
 
     def step(self, q, k, v, place):

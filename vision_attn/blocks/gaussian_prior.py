@@ -120,7 +120,7 @@ class Nearby:
     """
 
     def __init__(self, past: PatternCache, scale: float, of_q, of_k):
-        self.past, self.scale, self.of_q, self.of_k = past, scale, of_q, of_k
+        self.past, self.grid, self.scale, self.of_q, self.of_k = past, past.grid, scale, of_q, of_k
 
     @property
     def nbytes(self) -> int:

@@ -49,6 +49,7 @@ class Block(Mixer):
     averages = False
     projects = "v"
     not_causal = "the convolution is circular, so what comes last stands before what comes first"
+    undecayed = ("filter",)
 
     def __init__(
         self,

@@ -39,6 +39,8 @@ class Block(Mixer):
     """
 
     not_causal = "the global tokens read the whole image"
+    not_rotary = "windows' queries and keys are averaged over pixels at many places"
+    undecayed = ("forms", "of_windows", "of_pixels")
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ class Block(Mixer):
     """
 
     not_causal = "the memory reads the whole image"
+    not_rotary = "memory has no place, and asks for keys as they are"
+    undecayed = ("memory",)
 
     def __init__(
         self,

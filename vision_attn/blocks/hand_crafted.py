@@ -8,6 +8,11 @@ There are no queries and keys: what is looked at does not depend on the image. `
 the heads have, in order; by default the row, the column and a step to each side, or the first of these where heads are
 fewer. A step stops at the border. With ``causal=True`` rows and columns end at the pixel itself, and the row above
 joins them: without it, what is right of a pixel in the rows above is never reached.
+Two more kinds are by name. "all" is the mean of everything, if causal of what came before and itself: the average
+attention of Zhang et al. 2018, https://arxiv.org/abs/1805.00631, without its gate. "gaussian" weights everything by
+exp(-|v - u|² / 2 ``width``²), "gaussian_left" and so on by such a bell around the pixel beside: the hard-coded Gaussian
+attention of You et al. 2020, https://arxiv.org/abs/2005.00742, whose weights there are not made to sum to 1. A bell is
+a matrix for the rows times one for the columns; if causal, one for the rows above, another for the pixel's own.
 Prefix tokens look at all tokens alike (causal: at one another), and positions do not look at them.
 The source crafts attention for a line of audio frames by hand (fixed diagonals, blocks and verticals); these are their
 counterparts on a grid. Its present title is Input-independent Attention Weights Are Expressive Enough; the name here is
@@ -36,14 +41,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from .. import check
 from ..mixer import Mixer, heads_for, warn_of_blind_spot
-from ..pattern import Column, Directed, PerHead, Row
-from ..precision import at_least_float32
+from ..pattern import All, Column, Directed, Past, PerHead, Row
+from ..precision import at_least_float32, outside_autocast
 
+Name = Literal[
+    "row", "column", "left", "right", "up", "down", "previous_row", "all",
+    "gaussian", "gaussian_left", "gaussian_right", "gaussian_up", "gaussian_down",
+]  # fmt: skip
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+CENTRES = {"gaussian": (0, 0)} | {f"gaussian_{name}": step for name, step in STEPS.items()}
+AHEAD = {"right", "down", "gaussian_right", "gaussian_down"}
 
 
 @dataclass(frozen=True)
@@ -89,12 +101,47 @@ def row_above(v):
     return torch.cat([v[:, :, :1], mean(v, 3, past=False).narrow(2, 0, v.shape[2] - 1)], dim=2)
 
 
+def mean_of_all(v, past):
+    """Mean of the map, ``past``: of each pixel and those before it in raster order."""
+    if past:
+        return mean(v.flatten(2, 3)[:, :, None], 3, past=True).reshape(v.shape)
+    return v.mean(dim=(2, 3), keepdim=True, dtype=at_least_float32(v)).to(v.dtype).expand(v.shape)
+
+
+def bell(v, down, right, width, past):
+    """Mean of the map by a bell of ``width`` pixels around a place ``down`` and ``right`` of each pixel."""
+    wide = v.to(at_least_float32(v))
+    rows, columns = (
+        -(place[:, None] + step - place).square() / (2 * width**2)
+        for place, step in (
+            (torch.arange(n, device=v.device, dtype=wide.dtype), step) for n, step in zip(v.shape[2:4], (down, right))
+        )
+    )
+    with outside_autocast(v):
+        of_rows = torch.einsum("bnyxd,cx->bnycd", wide, columns.softmax(dim=1))
+        if not past:
+            return torch.einsum("bnycd,ry->bnrcd", of_rows, rows.softmax(dim=1)).to(v.dtype)
+        # the rows above and the pixel's own, each with its share of all weights, by their logarithms
+        hidden = torch.finfo(wide.dtype).min
+        above, before = (
+            torch.where(torch.ones_like(t, dtype=torch.bool).tril(-1 + own), t, hidden)
+            for own, t in enumerate((rows, columns))
+        )
+        of_above = torch.einsum("bnycd,ry->bnrcd", of_rows, above.softmax(dim=1))
+        of_own = torch.einsum("bnyxd,cx->bnycd", wide, before.softmax(dim=1))
+        sums = above.logsumexp(dim=1)[:, None] + columns.logsumexp(dim=1)
+        share = (sums - rows.diagonal()[:, None] - before.logsumexp(dim=1)).sigmoid()[..., None]
+        return (of_own + share * (of_above - of_own)).to(v.dtype)
+
+
 class Block(Mixer):
     """Hand-crafted attention.
 
     Args:
-        patterns: of equal shares of the heads: "row", "column", "left", "right", "up", "down", "previous_row". None:
-            the first of these, as many as there are heads; causal: of "row", "column", "previous_row", "left", "up".
+        patterns: of equal shares of the heads: "row", "column", "left", "right", "up", "down", "previous_row", "all",
+            "gaussian", "gaussian_left", "gaussian_right", "gaussian_up", "gaussian_down". None: the first six of these,
+            as many as there are heads; causal: of "row", "column", "previous_row", "left", "up".
+        width: σ of the bells, in pixels.
         num_heads: None: at least one for each pattern, where ``dim`` can be so divided.
         causal: only what comes before in raster order, and itself.
         Others: those of `Mixer`, but ``scale``, ``qk_norm`` and ``attn_drop``, which it has no use for.
@@ -110,18 +157,21 @@ class Block(Mixer):
         dim,
         num_heads=None,
         *,
-        patterns: tuple[Literal["row", "column", "left", "right", "up", "down", "previous_row"], ...] | None = None,
+        patterns: tuple[Name, ...] | None = None,
+        width: float = 1.0,
         causal: bool = False,
         attn_drop: float = 0.0,
         scale: float | None = None,
         **mixer,
     ):
+        check.positive("width", width)
         check.boolean("causal", causal)
         check.no_attn_drop(attn_drop)
         check.no_scale(scale, "there is no q · k to scale")
         check.positive_int("dim", dim)
         rules = {"row": Row(past=causal), "column": Column(past=causal), "previous_row": RowAbove(past=causal)}
         rules |= {name: Step(by, past=causal) for name, by in STEPS.items()}
+        rules |= dict.fromkeys(("all", *CENTRES), Past() if causal else All())
         names = ("row", "column", "previous_row", "left", "up") if causal else ("row", "column", *STEPS)
         if patterns is not None:
             names = patterns
@@ -132,9 +182,9 @@ class Block(Mixer):
         patterns = names[: self.num_heads] if patterns is None else patterns
         if len(patterns) > self.num_heads:
             raise ValueError(f"patterns={patterns!r}: must be at most num_heads={self.num_heads}")
-        if causal and (ahead := {"right", "down"} & set(patterns)):
+        if causal and (ahead := AHEAD & set(patterns)):
             raise ValueError(f"patterns={patterns!r}: with causal=True must be without {', '.join(sorted(ahead))}")
-        self.names, self.causal = tuple(patterns), causal
+        self.names, self.width, self.causal = tuple(patterns), width, causal
         self.pattern = PerHead(tuple(rules[name] for name in patterns))
         warn_of_blind_spot(self)
 
@@ -146,7 +196,9 @@ class Block(Mixer):
             "row": lambda v: mean(v, 3, self.causal),
             "column": lambda v: mean(v, 2, self.causal),
             "previous_row": row_above,
+            "all": lambda v: mean_of_all(v, self.causal),
         }
+        take |= {name: lambda v, by=by: bell(v, *by, self.width, self.causal) for name, by in CENTRES.items()}
         shares = image.split(self.pattern.shares(v.shape[1]), dim=1)
         out = torch.cat([take[name](share) for name, share in zip(self.names, shares)], dim=1)
         out = out.flatten(2, 3)
@@ -156,8 +208,16 @@ class Block(Mixer):
         return torch.cat([seen.mean(dim=2, keepdim=True).expand(first.shape), out], dim=2)
 
     def weights(self, q, k, grid):
-        prefix = grid.prefix_of(q.shape[2])
-        seen = self.pattern.head_masks(q.shape[1], grid, prefix, q.device)
+        prefix, heads = grid.prefix_of(q.shape[2]), q.shape[1]
+        seen = self.pattern.head_masks(heads, grid, prefix, q.device)
         seen[:, prefix:, :prefix] = False
-        weights = seen.to(q.dtype) / seen.sum(dim=-1, keepdim=True)
+        y, x = torch.meshgrid(*(torch.arange(n, device=q.device) for n in grid), indexing="ij")
+        away = y.flatten() - y.flatten()[:, None], x.flatten() - x.flatten()[:, None]  # from query (row) to key
+        logits = []
+        for name, share in zip(self.names, self.pattern.shares(heads)):
+            down, right = CENTRES.get(name, (0, 0))
+            squares = (away[0] - down) ** 2 + (away[1] - right) ** 2
+            logit = -squares.to(q.dtype) / (2 * self.width**2) if name in CENTRES else torch.zeros_like(squares)
+            logits += [F.pad(logit.to(q.dtype), (prefix, 0, prefix, 0))] * share
+        weights = torch.stack(logits).masked_fill(~seen, -torch.inf).softmax(dim=-1)
         return weights.expand(q.shape[0], -1, -1, -1)

@@ -35,6 +35,8 @@ class Block(Mixer):
     """
 
     not_causal = "the points look at the whole image"
+    not_rotary = "the points have no place, and are what queries and keys are compared with"
+    undecayed = ("queries", "points")
 
     def __init__(
         self, dim, num_heads=None, *, points: int = 32, attn_drop: float = 0.0, device=None, dtype=None, **mixer

@@ -74,6 +74,8 @@ class Block(Mixer):
         ValueError: an argument is out of range.
     """
 
+    not_rotary = "features are of channels one by one, which a turn mixes"
+
     def __init__(self, dim, num_heads=None, *, causal: bool = False, attn_drop: float = 0.0, **mixer):
         check.boolean("causal", causal)
         check.no_attn_drop(attn_drop)

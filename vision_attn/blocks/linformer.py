@@ -46,6 +46,8 @@ class Block(Mixer):
 
     averages = False
     not_causal = "each projected key is a mixture of all pixels, so no mask over them hides the future"
+    not_rotary = "keys are mixed over pixels at many places"
+    undecayed = ("rows", "columns")
 
     def __init__(
         self,

@@ -114,16 +114,18 @@ class Block(PatternMixer):
         count = prefix + least(self.tokens, grid.size)
         if self.asked_by_few(prefix):
             return self.through_weights(x, count)
-        x = x.narrow(1, 0, count) if self.causal or prefix + self.tokens == 0 else x
-        q, k, v = self.global_heads(x)
+        few = self.causal or prefix + self.tokens == 0
+        x = x.narrow(1, 0, count) if few and self.rotary is None else x
+        q, k, v = self.global_heads(x, grid)
+        k, v = (t.narrow(2, 0, count) if few else t for t in (k, v))
         mask = self.past(prefix, count, x.device) if self.causal else None
         options = dict(attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
         return F.scaled_dot_product_attention(q.narrow(2, 0, count), k, v, **options)
 
     def asked_by_few(self, prefix):
         """Whether `through_weights` has less to multiply, and sees the weights: of a layer as it was made."""
-        plain = type(self.qkv_global) is nn.Linear and isinstance(self.k_norm, nn.Identity) and not self.dropout
-        return plain and not self.causal and 0 < self.num_heads * (prefix + self.tokens) < self.dim
+        plain = type(self.qkv_global) is nn.Linear and isinstance(self.k_norm, nn.Identity) and self.rotary is None
+        return plain and not self.dropout and not self.causal and 0 < self.num_heads * (prefix + self.tokens) < self.dim
 
     def through_weights(self, x, count):
         """What ``count`` global tokens take of all, without keys and values of all.
@@ -139,10 +141,10 @@ class Block(PatternMixer):
         out = rearrange(seen, "B 1 (n t) C -> B n t C", n=self.num_heads) @ w_v.transpose(-2, -1)
         return out if b_v is None else out + rearrange(b_v, "(n d) -> n 1 d", n=self.num_heads)
 
-    def global_heads(self, x):
+    def global_heads(self, x, grid, place=None):
         parts = self.qkv_global(x).split(self.widths, dim=-1)
         q, k, v = (rearrange(part, "B t (n d) -> B n t d", n=self.num_heads) for part in parts)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.turned(self.q_norm(q), self.k_norm(k), grid, place)
         return q.to(v.dtype), k.to(v.dtype), v
 
     @staticmethod
@@ -152,9 +154,10 @@ class Block(PatternMixer):
         return place <= place[:, None]
 
     def attention(self, x, grid):
-        weights, prefix = super().attention(x, grid), Grid.of(grid).prefix_of(x.shape[1])
+        grid = Grid.of(grid)
+        weights, prefix = super().attention(x, grid), grid.prefix_of(x.shape[1])
         count = prefix + min(self.tokens, x.shape[1] - prefix)
-        q, k, _ = self.global_heads(x)
+        q, k, _ = self.global_heads(x, grid)
         place = (torch.arange(x.shape[1], device=x.device) - prefix).clamp(min=-1)
         mask = (place <= place[:, None]) | (not self.causal)
         weights[:, :, :count] = softmax_over(mask[None], q, k, self.scale)[:, :, :count]
@@ -167,7 +170,7 @@ class Block(PatternMixer):
         q, k, v = (
             t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv_global(x).split(self.widths, -1)
         )
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.turned(self.q_norm(q), self.k_norm(k), grid)
         for token in range(prefix + min(self.tokens, grid.size)):
             seen = max(prefix, token + 1) if self.causal else x.shape[1]
             row = (q[:, :, token, None] @ k[:, :, :seen].mT * self.scale).softmax(dim=-1) @ v[:, :, :seen]
@@ -178,10 +181,9 @@ class Block(PatternMixer):
         return WithGlobal(super().new_cache(batch, grid, full=full, device=device, dtype=dtype))
 
     def step(self, x, place, cache):
-        q, k, v = (t[:, :, 0] for t in self.heads(x[:, None], Grid(1, 1)))
-        out = cache.local.step(q, k, v, place)
+        out = cache.local.step(*self.heads_of_pixel(x, place, cache), place)
         if place < self.tokens:
-            q, *entries = self.global_heads(x[:, None])
+            q, *entries = self.global_heads(x[:, None], cache.grid, place)
             cache.seen = [torch.cat(pair, dim=2) for pair in zip(cache.seen, entries)] if cache.seen else entries
             out = F.scaled_dot_product_attention(q, *cache.seen, scale=self.scale)[:, :, 0]
         return self.proj_drop(self.proj(out.flatten(1)))
@@ -191,7 +193,7 @@ class WithGlobal:
     """The past of the windows, and the keys and values of the global tokens so far."""
 
     def __init__(self, local):
-        self.local, self.seen = local, []
+        self.local, self.seen, self.grid = local, [], local.grid
 
     @property
     def nbytes(self) -> int:

@@ -42,6 +42,7 @@ class Block(Mixer):
     """
 
     projects = "kv"
+    undecayed = ("context",)
 
     def __init__(
         self,

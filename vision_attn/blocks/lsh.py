@@ -51,6 +51,7 @@ class Block(Mixer):
     """
 
     projects = "qv"
+    not_rotary = "queries are keys too, and their hashes are of what they say, not where"
 
     def __init__(
         self,

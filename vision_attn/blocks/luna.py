@@ -45,6 +45,9 @@ class Block(Mixer):
         ValueError: an argument is out of range.
     """
 
+    not_rotary = "the memory has no place, and is what queries and keys are compared with"
+    undecayed = ("memory",)
+
     def __init__(
         self,
         dim,

@@ -64,7 +64,9 @@ class Block(Mixer):
         ValueError: an argument is out of range.
     """
 
+    not_rotary = "keys are pooled over pixels at many places"
     averages = False
+    undecayed = ("null",)
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class Block(Mixer):
 
     averages = False
     not_causal = "landmarks are means of parts of the whole image"
+    not_rotary = "landmarks are averaged over pixels at many places"
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .. import check
 from ..engines.kernel import Recurrence, attend, attend_past, normalised, state, with_ones
+from ..grid import Grid
 from ..mixer import Mixer
 from ..pattern import Past
 from ..precision import at_least_float32, outside_autocast
@@ -136,8 +137,9 @@ class Block(Mixer):
             return super().new_cache(batch, grid)
         if full:
             raise ValueError("full=True: the state is all that a Performer knows of the past")
-        channels, factory = (len(self.omega), self.dim // self.num_heads + 1), self.factory(device, dtype)
-        return Recurrence(self.features_of_queries, self.features_of_keys, batch, self.num_heads, *channels, **factory)
+        channels = len(self.omega), self.dim // self.num_heads + 1
+        of, options = (self.features_of_queries, self.features_of_keys), self.factory(device, dtype)
+        return Recurrence(*of, batch, self.num_heads, *channels, grid=Grid.of(grid), **options)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, features={len(self.omega)}"

@@ -46,7 +46,9 @@ class Block(Mixer):
         ValueError: an argument is out of range.
     """
 
+    not_rotary = "sigma weighs channels one by one, which a turn mixes"
     averages = False
+    undecayed = ("sigma",)
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class Block(Mixer):
     """
 
     projects = "qv"
+    not_rotary = "queries are keys too, and clusters are of what they say, not where"
 
     def __init__(
         self,

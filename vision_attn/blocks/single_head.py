@@ -83,8 +83,7 @@ class Block(PatternMixer):
         return self.output(x, rearrange(self.mix(q, k, v, Grid.of(grid)), "B n t d -> B t (n d)"))
 
     def step(self, x, place, cache):
-        q, k, v = (t[:, :, 0] for t in self.heads(x[:, None], Grid(1, 1)))
-        return self.output(x, cache.step(q, k, v, place).flatten(1))
+        return self.output(x, cache.step(*self.heads_of_pixel(x, place, cache), place).flatten(1))
 
     def output(self, x: Float[Tensor, "*B dim"], attended: Float[Tensor, "*B dim"]) -> Float[Tensor, "*B dim"]:
         """What the two steps add to ``x``."""

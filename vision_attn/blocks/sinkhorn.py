@@ -47,6 +47,8 @@ class Block(Mixer):
         ValueError: an argument is out of range.
     """
 
+    not_rotary = "sorted keys are mixtures of keys at many places"
+
     def __init__(
         self,
         dim,

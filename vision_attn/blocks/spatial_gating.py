@@ -44,6 +44,7 @@ class Block(Mixer):
     averages = False
     projects = "v"  # and the half that is gated
     not_causal = "a matrix for the columns that reaches right of a pixel in the rows above does so in its own row"
+    undecayed = ("rows", "columns", "bias")
 
     def __init__(
         self,

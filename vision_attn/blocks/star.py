@@ -43,6 +43,7 @@ class Block(Mixer):
     """
 
     not_causal = "the relay looks at the whole image"
+    not_rotary = "the relay has no place, and is compared with pixels"
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Block(Mixer):
         radius = tuple(size // 2 for size in check.odd_pair("kernel_size", kernel_size))
         check.no_attn_drop(attn_drop)
         check.rate("proj_drop", proj_drop)
+        self.check_rotary(mixer.get("rotary"))
         self.cycles = nn.ModuleList(Cycle(dim, num_heads, radius, mixer) for _ in range(cycles))
         self.dim, self.num_heads = dim, self.cycles[0].ring.num_heads
         self.proj_drop = nn.Dropout(proj_drop)

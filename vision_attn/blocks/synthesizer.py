@@ -128,6 +128,8 @@ class Block(Mixer):
 class Logits(nn.Module):
     """Logits along one axis, learned for ``length`` pixels."""
 
+    undecayed = ("table", "left", "right", "share")
+
     def __init__(self, form, heads, width, length, rank, device=None, dtype=None):
         super().__init__()
         self.form, self.length = form, length

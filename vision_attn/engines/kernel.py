@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from ..grid import Grid
 from ..precision import at_least_float32, outside_autocast
 from ..traced import fixed
 
@@ -79,10 +80,11 @@ class Recurrence:
     Args:
         of_queries, of_keys: φ, applied to them.
         shape: of the state, (B, heads, m, d + 1).
+        grid: of the image that is made, for what needs to know it.
     """
 
-    def __init__(self, of_queries, of_keys, *shape: int, device=None, dtype=None):
-        self.of_queries, self.of_keys = of_queries, of_keys
+    def __init__(self, of_queries, of_keys, *shape: int, grid: Grid | None = None, device=None, dtype=None):
+        self.of_queries, self.of_keys, self.grid = of_queries, of_keys, grid
         self.past = torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
 
     @property
