@@ -194,6 +194,7 @@ class RelativeMixer(Mixer):
     """
 
     not_rotary = "distances are in its scores already, by waves that queries and keys are not turned for"
+    undecayed = ("u", "w")
 
     def __init__(
         self,
