@@ -25,9 +25,9 @@ from .traced import fixed
 
 @dataclass(frozen=True)
 class Recent(Directed):
-    """Own row and the rows less than ``memory`` + ``band`` away whose band is not wholly more than ``memory`` away.
+    """The rows of all bands but those that are wholly more than ``memory`` rows away.
 
-    Bands are groups of ``band`` rows from the top. ``past``: own row to the left, and itself, and rows above.
+    Bands are ``band`` rows each, from the top. ``past``: own row to the left, and itself, and rows above.
     """
 
     memory: int
@@ -194,6 +194,7 @@ class RelativeMixer(Mixer):
     """
 
     not_rotary = "distances are in its scores already, by waves that queries and keys are not turned for"
+    undecayed = ("u", "w")
 
     def __init__(
         self,

@@ -15,6 +15,11 @@ PAPERS = {
     "1707.04585": ("Gomez", "RevNet", "The Reversible Residual Network: Backpropagation Without Storing Activations"),
     "1801.10198": ("Liu", "T-DMCA", "Generating Wikipedia by Summarizing Long Sequences"),
     "1805.00631": ("Zhang", "AAN", "Accelerating Neural Transformer via an Average Attention Network"),
+    "1805.08315": (
+        "Linsley",
+        "Pathfinder",
+        "Learning long-range spatial dependencies with horizontal gated-recurrent units",
+    ),
     "1807.06521": ("Woo", "CBAM", "CBAM: Convolutional Block Attention Module"),
     "1810.00825": ("Lee", "Set Transformer", "Set Transformer: Attention-based Permutation-Invariant Neural Networks"),
     "1810.10182": ("Yang", "Localness", "Modeling Localness for Self-Attention Networks"),
@@ -57,6 +62,7 @@ PAPERS = {
     "2007.04825": ("Vyas", "Clustered Attention", "Fast Transformers with Clustered Attention"),
     "2007.14062": ("Zaheer", "Big Bird", "Big Bird: Transformers for Longer Sequences"),
     "2009.14794": ("Choromanski", "Performer", "Rethinking Attention with Performers"),
+    "2011.04006": ("Tay", "Long Range Arena", "Long Range Arena: A Benchmark for Efficient Transformers"),
     "2012.11747": ("He", "RealFormer", "RealFormer: Transformer Likes Residual Attention"),
     "2012.07436": (
         "Zhou",
