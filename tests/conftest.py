@@ -83,7 +83,7 @@ OPTIONS = {
     "memory_compressed": [{}, {"stride": (2, 5)}],
     "multiscale": [{"kernel_size": 3, "scale_factor": 3, "levels": 2}],
     "nystrom": [{}, {"cells": (2, 3), "iterations": 5}],
-    "patch_match": [{"rounds": 1, "searches": 1}, {"window": 5, "rounds": 2, "searches": 2, "seed": 7}],
+    "patch_match": [{"window": 5, "rounds": 1, "searches": 1}, {"window": 7, "rounds": 2, "searches": 2, "seed": 7}],
     "per_head": [{"kernel_size": (3, 5), "stride": (2, 3), "tokens": 3}],
     "permutohedral": [{"features": 2}, {}],
     "prob_sparse": [{}, {"factor": 2, "cells": (2, 3)}],

@@ -79,9 +79,9 @@ class Block(Mixer):
     ) -> Int[Tensor, "B heads N"]:
         """The match of each position, its number in raster order."""
         prefix, wide = grid.prefix_of(q.shape[2]), at_least_float32(q)
-        q, k = (t[:, :, prefix:].flatten(0, 1).to(wide) for t in (q, k))  # (b, N, d)
+        q, k = (t[:, :, prefix:].flatten(0, 1).to(wide).contiguous() for t in (q, k))  # (b, N, d)
         search = Search(q, k, grid, self.causal)
-        draws = iter(self.drawn(search.place, 2 * (1 + self.rounds * self.searches)))
+        draws = iter(self.drawn(search.place, 2 * (1 + self.rounds * self.searches)).unbind(0))
         search.offer(*((n * next(draws)).long() for n in grid))
         for number in range(self.rounds):
             step = 2 ** (self.rounds - 1 - number)
