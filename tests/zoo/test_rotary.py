@@ -5,7 +5,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import OPTIONS, every_mixer
+from torch import nn
+from torch.export import Dim, export
 
 from vision_attn import Grid, create_block
 from vision_attn.rotary import FORMS, Rotary
@@ -158,3 +161,25 @@ def test_learned_frequencies_start_as_axes_at_a_right_angle_and_learn():
     turned_q, turned_k = rotary(q, k, GRID)
     (turned_q @ turned_k.mT).square().sum().backward()
     assert (rotary.frequencies.grad.abs() > 0).all()
+
+
+class Turn(nn.Module):
+    """Of maps (B, heads, H, W, d), behind prefix tokens."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.rotary = Rotary(form, HEADS, 11)
+
+    def forward(self, q, k):
+        tokens = (F.pad(t.flatten(2, 3), (0, 0, PREFIX, 0), value=1.0) for t in (q, k))
+        return self.rotary(*tokens, Grid(*q.shape[2:4]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_graph_turns_on_grids_of_any_size(form):
+    turn, free = Turn(form), {2: Dim("height", max=99), 3: Dim("width", max=99)}
+    example = torch.randn(2, 2, HEADS, 5, 7, 11).unbind()
+    graph = export(turn, example, dynamic_shapes=(free, free)).module()
+    for size in ((7, 5), (11, 3), (29, 31)):
+        maps = torch.randn(2, 2, HEADS, *size, 11).unbind()
+        close(graph(*maps), turn(*maps), rtol=1e-5, atol=1e-5)
