@@ -123,9 +123,10 @@ def in_a_sentence(found: list[Measured]) -> str:
         return "Take dense: nothing here is faster."
     best = next(one for one in found if one.name == faster[0])
     others = f"; {', '.join(faster[1:4])} follow" if faster[1:] else ""
+    beaten = f"{len(faster)} of {len(found) - 1} are faster"
     return (
-        f"Fastest is {best.name}, in {best.times_dense:.2g} of the time and {best.memory_times_dense:.2g} of the memory "
-        f"of dense attention{others}. {len(faster)} of {len(found) - 1} are faster; which learns best only training tells."
+        f"Fastest is {best.name}, in {best.times_dense:.2g} of the time of dense attention and "
+        f"{best.memory_times_dense:.2g} of its memory{others}. {beaten}; which learns best only training tells."
     )
 
 
