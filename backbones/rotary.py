@@ -42,7 +42,7 @@ def _made_like(model: nn.Module, attention: nn.Module, layer: int, step: Mixer) 
     rope = getattr(model, "rope", None)
     forms = {RotaryEmbeddingCat: "axial", RotaryEmbeddingDinoV3: "dinov3", RotaryEmbeddingMixed: "mixed"}
     form, channels = forms.get(type(rope)), step.head_dims[0]
-    if form is None or channels % 4:
+    if form is None or channels % 4 or not hasattr(attention, "rotate_half"):
         return None
     rotary = Rotary(
         form,

@@ -2,7 +2,7 @@
 
 Heo et al. 2024, RoPE for vision transformers, https://arxiv.org/abs/2403.13298
     q'_u · k'_v = Re Σ_p q_up e^{iθ_p(u)} (k_vp e^{iθ_p(v)})*        θ_p(y, x) = f^x_p x + f^y_p y
-Pairs of a head's channels are complex numbers q_p. A turn has no length and no cost that counts: 6 N d for both.
+Pairs of a head's channels are complex numbers q_p. Cost: 4 N d for queries and keys together.
 """
 
 import math
@@ -67,7 +67,7 @@ class Rotary(nn.Module):
         self.halves = form == "dinov3" if halves is None else halves
         self.frequencies = None
         if form == "mixed":
-            # of x, then of y, in cycles of 2π a pixel
+            # of x, then of y, in radians a pixel
             self.frequencies = nn.Parameter(torch.empty(2, heads, self.pairs, device=device, dtype=dtype))
             self.reset_parameters()
 

@@ -113,3 +113,10 @@ def test_rotary_positions_that_are_asked_for_are_the_blocks_own():
     assert report.unused == ("blocks.0.attn.rope", "blocks.1.attn.rope") and set(LEARNED) <= set(report.new)
     model = made("mixed")
     assert backbones.replace(model, "dense", rotary=None).unused and not rotaries(model)
+
+
+def test_named_models_take_rotary_positions():
+    args = dict(depth=1, num_classes=7, dynamic_img_size=True, attn_kwargs=dict(rotary="mixed"))
+    model = timm.create_model("vit_tiny_patch4_32_window", **args)
+    assert model(images(24, 40)).shape == (2, 7) and len(rotaries(model)) == 1
+    assert "blocks.0.attn.rotary.frequencies" in model.no_weight_decay()
