@@ -32,14 +32,16 @@ class Hosts:
     def __init__(self, folder):
         self.names = [f"host-{os.getpid()}-{number}" for number in range(2)]
         self.table = folder / "hosts"
-        addresses = [f"10.77.0.{number}" for number in (1, 2)]
-        lines = [f"{address} {name}\n" for address, name in zip(addresses, self.names, strict=True)]
+        self.addresses = [f"10.77.0.{number}" for number in (1, 2)]
+        lines = [f"{address} {name}\n" for address, name in zip(self.addresses, self.names, strict=True)]
         self.table.write_text("".join(["127.0.0.1 localhost\n", *lines]))
+
+    def connect(self):
         for name in self.names:
             ip("netns", "add", name)
         one, two = self.names
         ip("link", "add", "eth0", "netns", one, "type", "veth", "peer", "name", "eth0", "netns", two)
-        for name, address in zip(self.names, addresses, strict=True):
+        for name, address in zip(self.names, self.addresses, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
             for link in ("lo", "eth0"):
                 ip("-n", name, "link", "set", link, "up")
@@ -71,15 +73,16 @@ class Hosts:
 
 @pytest.fixture
 def hosts(tmp_path):
-    hosts = None
     if os.geteuid() or not shutil.which("ip") or not shutil.which("unshare"):
         pytest.skip("network namespaces need root, ip and unshare")
+    hosts = Hosts(tmp_path)
     try:
-        hosts = Hosts(tmp_path)
+        hosts.connect()
+        yield hosts
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-    yield hosts
-    hosts.remove()
+    finally:
+        hosts.remove()
 
 
 @pytest.fixture(scope="module")
