@@ -71,14 +71,13 @@ def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles:
         images: (B, 1 or 3, H, W), values in [0, 1].
         maps: (B, h, w) by name, as from `attention_maps`.
         path: where to write; folders are made.
-        titles: one for each image; long lines are wrapped.
+        titles: one for each image; long lines are wrapped, as are names of maps.
     """
     import matplotlib.pyplot as plt  # of the extra "train"
 
     rows, columns = len(images), 1 + len(maps)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.3 * columns, 1.35 * rows), squeeze=False, layout="constrained"
-    )
+    size = 1.3 * (columns + (titles is not None)), 1.35 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     pixels = images.detach().float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).clamp(0, 1).numpy()
     for row, (line, image) in enumerate(zip(axes, pixels)):
         for axis in line:
@@ -89,7 +88,7 @@ def draw_maps(images: Tensor, maps: dict[str, Tensor], path: str | Path, titles:
             middle, half = (shown.max() + shown.min()) / 2, max(1e-6, (shown.max() - shown.min()) / 2)
             axis.imshow(shown, cmap="inferno", alpha=0.7, vmin=middle - half, vmax=middle + half)  # even: in the middle
             if row == 0:
-                axis.set_title(name.removesuffix(".block"), fontsize=7)
+                axis.set_title("\n".join(wrap(name.removesuffix(".block"), 18)), fontsize=7)
         if titles is not None:
             told = "\n".join(chain.from_iterable(wrap(part, 20) for part in titles[row].splitlines()))
             line[0].set_ylabel(told, fontsize=7, rotation=0, ha="right", va="center")  # beside it, so long names fit

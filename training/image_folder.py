@@ -98,6 +98,8 @@ def find_split(root: Path, kind: str, given: str | None = None) -> Path:
     wanted = f"{root}/train/CLASS/IMAGE and {root}/val/CLASS/IMAGE"
     itself = root.resolve().name.lower() in sum(SPLITS.values(), ())
     hint = f"; if it is a split itself, give {root.resolve().parent}" if itself else ""
+    if not given and not itself:
+        hint = f"; or {root}/train/CLASS/IMAGE or {root}/CLASS/IMAGE alone, with data.val_share"
     raise ValueError(f"data.dir {root} has no folder {' or '.join(names)}{has}; wanted are {wanted}{hint}")
 
 

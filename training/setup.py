@@ -77,7 +77,7 @@ def create_model(
 def _stock(name: str, args: dict, pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **args)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:  # the last of weights out of reach
         similar = [] if timm.is_model(name) else difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"; similar names: {', '.join(similar)}" if similar else ""
         raise ValueError(f"model {name} {args}: {first_line(error)}{hint}") from error

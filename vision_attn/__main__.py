@@ -28,7 +28,8 @@ def show_list(blocks: str) -> None:
     entries = [describe(name) for name in list_blocks(blocks)]
     if not entries:
         raise ValueError(f"blocks={blocks!r}: no block matches")
-    columns([(e.name, e.kind, e.causal * "causal", e.cost, f"{e.source}, {e.url}") for e in entries], texts=5)
+    sources = [f"{e.source}, {e.url}" if e.url else e.title for e in entries]
+    columns([(e.name, e.kind, e.causal * "causal", e.cost, source) for e, source in zip(entries, sources)], texts=5)
 
 
 def show_looks(
@@ -83,9 +84,9 @@ def show_cost(block: str, size: Grid, dim: int, device: str, options: list, seco
     columns([("", "GFLOP", "parameters", "MiB", "ms"), *rows, ("/ dense", *ratios)])
     said = describe(block)
     print("GFLOP: matrix products and convolutions of a forward; MiB: peak, ms: fastest, of forward + backward")
-    print(
-        f"by its docstring: {said.cost} multiply-adds beside projections, {said.computed} × as many computed at 64×64"
-    )
+    if said.cost:
+        more = f"{said.computed} × as many computed at 64×64"
+        print(f"by its docstring: {said.cost} multiply-adds beside projections, {more}")
     if taken:
         print(f"route: {' and '.join(sorted(taken))}")
 

@@ -110,7 +110,11 @@ def block_class(block: str | type[Mixer] | type[Gate]) -> type[Mixer] | type[Gat
     if block in _own:
         return _own[block]
     if block in _of_packages():
-        return _check_class(_of_packages()[block].load())
+        point = _of_packages()[block]
+        try:
+            return _check_class(point.load())
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"block={block!r}: {point.value} can't be loaded from its package: {error}") from error
     if block not in _zoo():
         raise ValueError(f"block={block!r}: {_nearest(block, list_blocks())}")
     return import_module(f"{blocks.__name__}.{block}").Block
@@ -222,7 +226,7 @@ def describe(name: str | type) -> Entry:
     text = inspect.getdoc(inspect.getmodule(cls)) or ""
     line = r"(.+)\n\n(.+)\n(?:.*\n)*?Cost: (.+)\nComputed: ([\d.]+) ×"
     told = re.match(line, text)
-    title, source, cost, computed = told.groups() if told else ((cls.__doc__ or "").partition("\n")[0], ", ", "", "")
+    title, source, cost, computed = told.groups() if told else ((cls.__doc__ or text).partition("\n")[0], ", ", "", "")
     source, url = source.rsplit(", ", 1)
     kind = "gate" if issubclass(cls, Gate) else "mixer"
     return Entry(name_of(name), title, source, url, cost, computed, kind, not cls.not_causal)

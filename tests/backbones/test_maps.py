@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import matplotlib.pyplot as plt
 import numpy
 import pytest
 import timm
@@ -215,3 +216,17 @@ def test_a_position_is_drawn_where_it_is(tmp_path):
     drawn = light[int(0.15 * height) : int(0.85 * height), width // 2 :]  # the map, without what is written around it
     dark = [[(part < 100).sum() for part in numpy.array_split(half, 2, axis=1)] for half in numpy.array_split(drawn, 2)]
     assert min(map(min, dark)) == dark[0][1]
+
+
+def test_long_names_stay_in_the_picture_and_rows_close_up(tmp_path, monkeypatch):
+    drawn, images = [], ["ILSVRC2012_val_00003351.JPEG,\nsays cat"] * 3
+    monkeypatch.setattr(plt, "close", drawn.append)
+    maps = {"stages.2.attn_rows_and_windows.block": torch.rand(3, 5, 7)}
+    backbones.draw_maps(torch.rand(3, 3, 35, 35), maps, tmp_path / "m.png", images)
+    (figure,) = drawn
+    figure.draw_without_rendering()  # at its own resolution, no longer that of the file
+    for text in [part for axis in figure.axes for part in (axis.title, axis.yaxis.label)]:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, text
+    assert figure.axes[1].title.get_text().replace("\n", "") == "stages.2.attn_rows_and_windows"
+    assert sum(axis.get_window_extent().height for axis in figure.axes[::2]) > 0.6 * figure.bbox.height

@@ -219,9 +219,12 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 def test_other_layouts_are_told_what_is_wanted(tmp_path):
     wanted = f"wanted are {tmp_path}/a/train/CLASS/IMAGE and {tmp_path}/a/val/CLASS/IMAGE"
     make_folder(tmp_path, splits=("a",))  # classes without a split
-    assert (
-        refused(tmp_path / "a") == f"data.dir {tmp_path}/a has no folder train or training, it has cat, dog; {wanted}"
-    )
+    shared = f"or {tmp_path}/a/train/CLASS/IMAGE or {tmp_path}/a/CLASS/IMAGE alone, with data.val_share"
+    said = f"data.dir {tmp_path}/a has no folder train or training, it has cat, dog; {wanted}; {shared}"
+    assert refused(tmp_path / "a") == said
+    for folders in ("a", "b"):  # as it says
+        make_folder(tmp_path / "shared" / folders, splits=("" if folders == "a" else "train",))
+        assert len(read(tmp_path / "shared" / folders, val_share=0.4)[1]) == 2
     make_folder(tmp_path / "b", splits=("train",))
     assert f"{tmp_path}/b has no folder val or validation or valid or test, it has train;" in refused(tmp_path / "b")
     make_folder(tmp_path / "c")  # the split itself

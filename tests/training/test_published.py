@@ -69,3 +69,14 @@ def test_classes_of_imagenet_in_words():
     assert class_names(published_cfg("cifar_resnet20")) is None
     own = {"label_names": ["a", "b"], "label_descriptions": {"a": "apple"}}
     assert class_names(own, readable=True) == ["apple", "b"]
+
+
+def test_weights_out_of_reach_are_told_of_with_their_model(tmp_path, monkeypatch, capsys):
+    def out_of_reach(*_, **__):
+        raise FileNotFoundError("cannot be had from the Hub")  # as huggingface_hub's LocalEntryNotFoundError is one
+
+    monkeypatch.setattr(timm, "create_model", out_of_reach)
+    argv = ["--model", "resnet18", *options(images=tmp_path, path=tmp_path / "x.csv")]
+    (tmp_path / "a.png").touch()
+    assert load("predict").main(argv) == 2
+    assert capsys.readouterr().err == "error: model resnet18 {}: cannot be had from the Hub\n"

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch
 
 import backbones
 from vision_attn import Gate, Grid, create_block, create_layer, describe, layer, list_blocks, recommend, register, zoo
+from vision_attn.__main__ import main
 from vision_attn.key_set import Everything, Only
 from vision_attn.mixer import PatternMixer
 from vision_attn.pattern import Pattern
@@ -144,6 +146,24 @@ def test_an_installed_package_brings_names(tmp_path):
     program.write_text(PROGRAM)
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "rowwise"), done.stderr
+
+
+def test_a_package_that_can_not_be_loaded_is_named(monkeypatch):
+    for value, said in (("gone_package:Block", "No module named 'gone_package'"), ("json:Block", "has no attribute")):
+        point = EntryPoint("lost", value, "vision_attn.blocks")
+        monkeypatch.setattr(zoo, "_of_packages", lambda point=point: {"lost": point})
+        with pytest.raises(ValueError, match=f"block='lost': {value} can't be loaded from its package: .*{said}"):
+            create_block("lost", 33)
+
+
+def test_what_a_block_of_ones_own_does_not_say_is_left_out(names, capsys):
+    register(KnightMoves, name="knight")
+    assert main(["list", "knight"]) == 0
+    assert capsys.readouterr().out.split(maxsplit=3) == ["knight", "mixer", "causal", "A knight's moves.\n"]
+    assert main(["cost", "knight", "--size", "3x5", "--dim", "32", "--seconds", "0"]) == 0
+    assert "by its docstring" not in capsys.readouterr().out
+    quiet = type("Quiet", (Halves,), {"__module__": __name__})  # without a docstring: that of its file
+    assert describe(quiet).title == __doc__
 
 
 def test_a_package_can_not_take_a_name(monkeypatch):
