@@ -12,7 +12,7 @@ the new network, before weights are copied. Training, validation, prediction, sa
 with the same trainer have them.
 
 A saved file holds the network itself: to load it, ``vision_attn`` must be installed, and nothing else of this project.
-Where it is not, there is a ModuleNotFoundError of that name, unless ultralytics installs what the package registry has
+Where it is not, there is a ModuleNotFoundError of that name, unless ultralytics installs what PyPI has
 under it: it tries to, if ``YOLO_AUTOINSTALL`` is not set to false.
 
 ultralytics is licensed under AGPL-3.0. It is no dependency, and imported only where `trainer` is called.
