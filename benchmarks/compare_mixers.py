@@ -1,12 +1,15 @@
-"""Every mixer in the same small ViT, trained alike: accuracy beside time, memory and operations.
+"""Mixers in one small ViT, and gates in one small ResNet, trained alike: accuracy beside time and memory.
 
     python benchmarks/compare_mixers.py --dir DATA_DIR
-    python benchmarks/compare_mixers.py --mixers '[dense, linear]' --data '[digits]' --epochs 1 --seeds 1
+    python benchmarks/compare_mixers.py --mixers '[dense, linear]' --data '[digits, pathfinder]' --epochs 1 --seeds 1
+    python benchmarks/compare_mixers.py --mixers '[dense, {name: window, kernel_size: 3}]' --gates '[cbam]' \\
+        --data '[folder]' --dir photos --training '[--data.val-share, "0.2"]'
 
-vit_tiny_patch4_32 at width 96, that is 8×8 tokens and a class token, on digits and on the first 10,000 images of
-CIFAR-10; one recipe and one number of steps for all. What is compared is what a mixer learns from little, not the best
-it can do. A call that was stopped goes on where it stood. Writes a CSV after every run, and in the end a picture and a
-plain text beside it; steps are timed before the first run, all mixers taking turns.
+vit_tiny_patch4_32 at width 96, that is 8×8 tokens and a class token, and cifar_resnet20, which is there without a gate,
+too. Data are digits, the first 10,000 images of CIFAR-10 and of Pathfinder, or a folder of one's own, in which images
+are brought to 32×32 pixels. One recipe and one number of steps for all: what is compared is what a block learns from
+little, not the best it can do. A call that was stopped goes on where it stood. Writes a CSV after every run, and in the
+end a picture and a plain text beside it; steps are timed before the first run, all models taking turns.
 """
 
 import hashlib
@@ -17,7 +20,7 @@ import sys
 import warnings
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import timm
 import torch
@@ -32,12 +35,13 @@ from vision_attn import describe, list_blocks
 from vision_attn.cost import flops, parameters, peak_memory, times
 
 ROOT = Path(__file__).parents[1]
-MODEL, BATCH = "vit_tiny_patch4_32", 16  # small: the same images make more steps
+VIT, RESNET, BATCH = "vit_tiny_patch4_32", "cifar_resnet20", 16  # small: the same images make more steps
 RECIPE = f"--batch-size {BATCH} --optim.name adamw --optim.lr 1e-3 --optim.weight-decay 0.05 --optim.warmup-epochs 1"
 RECIPE = f"{RECIPE} --optim.clip-grad 1.0 --augment.crop pad --save-every 500".split()
-DATA = {"digits": [], "cifar10": ["--augment.hflip", "0.5"]}
-IMAGES = {"digits": 1_437, "cifar10": 10_000}  # to train on, the first ones
-EPOCHS = {"digits": 10, "cifar10": 3}
+MIRRORED = ["--augment.hflip", "0.5"]
+DATA = {"digits": [], "cifar10": MIRRORED, "pathfinder": MIRRORED, "folder": MIRRORED}
+IMAGES = {"digits": 1_437, "cifar10": 10_000, "pathfinder": 10_000}  # to train on, the first ones; of a folder all
+EPOCHS = {"digits": 10, "cifar10": 3, "pathfinder": 10, "folder": 10}
 # Where the defaults are for larger images: at 8×8 they see all, or nearly all
 AT_8X8 = {
     "adaptive_connection": {"edges": 8},
@@ -58,40 +62,65 @@ AT_8X8 = {
 }
 
 
-def step_costs(mixers: dict[str, dict], device: str, repeats: int) -> list[dict]:
+class Network(NamedTuple):
+    """A row of the table."""
+
+    block: str  # "": none
+    model: str
+    args: dict
+
+
+def networks(mixers: list[str | dict], gates: list[str | dict], depth: int, options: dict) -> list[Network]:
+    """The models to compare: mixers in a ViT, gates in a ResNet beside one without."""
+    made = [Network("", RESNET, {})] if gates else []
+    for kind, asked, model, size in (
+        ("mixer", mixers, VIT, dict(embed_dim=96, depth=depth)),
+        ("gate", gates, RESNET, {}),
+    ):
+        for one in asked:
+            own = {"name": one} if isinstance(one, str) else dict(one)
+            name = own.pop("name", None)
+            if name is None or describe(name).kind != kind:
+                raise ValueError(f"{kind}s={one!r}: must be the name of a {kind}, or its name and options")
+            made.append(Network(name, f"{model}_{name}", size | {"attn_kwargs": own or options.get(name, {})}))
+    return made
+
+
+def step_costs(compared: list[Network], device: str, repeats: int) -> list[dict]:
     """Parameters, operations, time and memory of each model; a step is forward + backward of a batch."""
     torch.manual_seed(0)
     images, labels = torch.randn(BATCH, 3, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)
-    models = {mixer: timm.create_model(f"{MODEL}_{mixer}", **args).to(device) for mixer, args in mixers.items()}
+    models = [timm.create_model(one.model, num_classes=10, **one.args).to(device) for one in compared]
 
     def step(model):
         loss = F.cross_entropy(model(images), labels)
         torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
-    calls = {mixer: (lambda model=model: step(model)) for mixer, model in models.items()}
+    calls = {i: (lambda model=model: step(model)) for i, model in enumerate(models)}
     for call in calls.values():
         call()
     taken = times(calls, device, least=repeats)
     return [
         {
-            "mixer": mixer,
             "parameters": parameters(model),
-            "step ms": round(statistics.median(taken[mixer]), 1),
-            "step MiB": round(peak_memory(calls[mixer], device), 1),
+            "step ms": round(statistics.median(taken[i]), 1),
+            "step MiB": round(peak_memory(calls[i], device), 1),
             "MFLOP of an image": round(flops(model.eval(), images[:1]) / 1e6, 2),
         }
-        for mixer, model in models.items()
+        for i, model in enumerate(models)
     ]
 
 
 def compare(
-    mixers: list[str] | None = None,
-    data: list[Literal["digits", "cifar10"]] | None = None,
+    mixers: list[str | dict] | None = None,
+    gates: list[str | dict] | None = None,
+    data: list[str] | None = None,
     dir: str | None = None,
     epochs: int | None = None,
     seeds: int = 2,
     depth: int = 2,
     options: dict[str, dict] = AT_8X8,
+    training: list[str] | None = None,
     repeats: int = 5,
     device: str = "cpu",
     threads: int = 1,
@@ -101,13 +130,15 @@ def compare(
     """Trains every mixer with every seed on every data set, and writes what came out.
 
     Args:
-        mixers: names; null: all.
-        data: digits, cifar10 or both; null: digits, and cifar10 if dir is given.
-        dir: root of CIFAR-10.
-        epochs: of each run; null: 10 of digits, 3 of CIFAR-10.
+        mixers: names, or names with options ({name: window, kernel_size: 3}); null: all.
+        gates: likewise, in a ResNet; null: none.
+        data: digits, cifar10, pathfinder (or pathfinder/LEVEL), folder; null: digits, and cifar10 if dir is given.
+        dir: root of CIFAR-10, or of the folder.
+        epochs: of each run; null: 3 of CIFAR-10, 10 of others.
         seeds: runs of each mixer.
         depth: layers of the ViT.
-        options: of mixers, by name.
+        options: of mixers that are given without, by name.
+        training: further words for train_imagenet.py, the same for all runs.
         repeats: timed steps of each; the median counts.
         device: cpu or cuda.
         threads: of torch.
@@ -117,29 +148,34 @@ def compare(
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     data = data or ["digits", *(["cifar10"] if dir else [])]
-    if "cifar10" in data and dir is None:
-        raise ValueError("dir=None: must be the root of CIFAR-10 for data=cifar10")
-    mixers = mixers or [name for name in list_blocks() if describe(name).kind == "mixer"]
-    size = dict(embed_dim=96, depth=depth, num_classes=10)
-    made = {mixer: size | {"attn_kwargs": options.get(mixer, {})} for mixer in mixers}
-    costs = Path(runs, f"steps-{mark(made, BATCH, device, threads)}.csv")
+    for name in data:
+        if name.partition("/")[0] not in DATA:
+            raise ValueError(f"data={name!r}: must be {', '.join(DATA)} or pathfinder/LEVEL")
+    there = [name for name in data if name in ("cifar10", "folder")]
+    if len(there) > 1 or (there and dir is None):
+        raise ValueError(f"dir={dir!r}: must be the root of {' or '.join(there)}, of one of them in a call")
+    mixers = [name for name in list_blocks() if describe(name).kind == "mixer"] if mixers is None else mixers
+    compared = networks(mixers, gates or [], depth, options)
+    costs = Path(runs, f"steps-{mark(compared, BATCH, device, threads)}.csv")
     if not costs.exists():
         costs.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(costs, step_costs(made, device, repeats))
-    known = {row["mixer"]: row for row in read_rows(costs)}
-    found: dict[tuple[str, str], list[float]] = {}
-    for seed, name, mixer in product(range(seeds), data, mixers):
-        length = epochs or EPOCHS[name]
-        words = ["--model.name", f"{MODEL}_{mixer}", "--model.args", json.dumps(made[mixer]), "--data.name", name]
-        words += ["--data.train-images", IMAGES[name], *RECIPE, *DATA[name], "--device", device]
+        write_rows(costs, step_costs(compared, device, repeats))
+    known = read_rows(costs)
+    found: dict[tuple[str, int], list[float]] = {}
+    for seed, name, (place, one) in product(range(seeds), data, enumerate(compared)):
+        kind = name.partition("/")[0]
+        length = epochs or EPOCHS[kind]
+        words = ["--model.name", one.model, "--model.args", json.dumps(one.args), "--data.name", name]
+        words += [*RECIPE, *DATA[kind], "--device", device, *(training or [])]
+        words += ["--data.train-images", IMAGES[kind]] if kind in IMAGES else ["--data.img-size", 32]
         words += ["--epochs", length, "--seed", seed, "--threads", threads]
-        output = Path(runs, f"{name}-{mixer}-{seed}-{mark(words)}")
-        words += ["--output", output, "--resume", "auto", *(["--data.dir", dir] if name == "cifar10" else [])]
+        output = Path(runs, f"{name.replace('/', '_')}-{one.block or one.model}-{seed}-{mark(words)}")
+        words += ["--output", output, "--resume", "auto", *(["--data.dir", dir] if name in there else [])]
         top1 = trained(list(map(str, words)), output, length)
         if top1 is None:  # it was stopped, so stop
             break
-        found.setdefault((name, mixer), []).append(top1)
-        rows = table(found, known, made, epochs)
+        found.setdefault((name, place), []).append(top1)
+        rows = table(found, known, compared, epochs)
         path = write(path, "mixer-accuracy", rows, device)
     if found:
         path.with_suffix(".txt").write_text(text(rows), encoding="utf-8")
@@ -163,16 +199,22 @@ def trained(words: list[str], output: Path, epochs: int) -> float | None:
     return saved["history"][-1]["top1"] if saved["epoch"] >= epochs else None
 
 
-def table(found: dict, known: dict, made: dict, epochs: int | None) -> list[dict]:
-    """What is there so far, by data set and accuracy."""
+def table(found: dict, known: list[dict], compared: list[Network], epochs: int | None) -> list[dict]:
+    """What is there so far, by data set, host and accuracy."""
     rows = []
-    for (name, mixer), top1 in found.items():
-        options = " ".join(f"{option}={value}" for option, value in made[mixer]["attn_kwargs"].items())
-        row = {"mixer": mixer, "options": options, "depth": made[mixer]["depth"], "data": name, "images": IMAGES[name]}
-        row |= {"epochs": epochs or EPOCHS[name], "seeds": len(top1)}
+    for (name, place), top1 in found.items():
+        one, kind = compared[place], name.partition("/")[0]
+        options = " ".join(f"{option}={value}" for option, value in one.args.get("attn_kwargs", {}).items())
+        row = {"mixer": one.block or "none", "options": options, "depth": one.args.get("depth", ""), "data": name}
+        row |= {"images": IMAGES.get(kind, "all"), "epochs": epochs or EPOCHS[kind], "seeds": len(top1)}
         row |= {"top-1 %": f"{statistics.mean(top1):.2f}", "spread": f"{max(top1) - min(top1):.2f}"}
-        rows.append(row | {column: value for column, value in known[mixer].items() if column != "mixer"})
-    return sorted(rows, key=lambda row: (row["data"], row["top-1 %"] == "nan", -float(row["top-1 %"])))
+        rows.append(row | known[place])
+    return sorted(rows, key=lambda row: (*panel(row), row["top-1 %"] == "nan", -float(row["top-1 %"])))
+
+
+def panel(row: dict) -> tuple[str, str]:
+    """Data and host of a row: what it can be compared with."""
+    return row["data"], VIT if row["depth"] else RESNET
 
 
 def text(rows: list[dict]) -> str:
@@ -193,7 +235,7 @@ def picture(rows: list[dict], target: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["top-1 %"] != "nan"]  # which diverged
-    names = list(dict.fromkeys(row["data"] for row in rows))
+    names = list(dict.fromkeys(map(panel, rows)))
     if not rows:
         return
     figure = Figure(figsize=(11, 7 * len(names)), dpi=120, layout="constrained")
@@ -201,14 +243,15 @@ def picture(rows: list[dict], target: Path) -> None:
         "area: peak memory of a step; bars: from the lowest run to the highest, about the mean", fontsize=9
     )
     panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
-    for axis, name in zip(panels, names):
-        some = [row for row in rows if row["data"] == name]
+    for axis, (data, host) in zip(panels, names):
+        some = [row for row in rows if panel(row) == (data, host)]
         x, y, spread, memory = ([float(row[c]) for row in some] for c in ("step ms", "top-1 %", "spread", "step MiB"))
-        colors = ["tab:red" if row["mixer"] == "dense" else "tab:blue" for row in some]
+        colors = ["tab:red" if row["mixer"] in ("dense", "none") else "tab:blue" for row in some]
         axis.errorbar(x, y, [s / 2 for s in spread], fmt="none", ecolor="0.75", linewidth=1, zorder=1)
         axis.scatter(x, y, [200 * m / max(memory) for m in memory], colors, alpha=0.6, linewidth=0, zorder=2)
         axis.set(xscale="log", xlabel=f"forward + backward of {BATCH} images, ms", ylabel="top-1, %")
-        axis.set_title(f"{name}, {rows[0]['depth']} layers, {some[0]['epochs']} epochs, {some[0]['seeds']} runs each")
+        layers = f"{some[0]['depth']} layers, " if some[0]["depth"] else ""
+        axis.set_title(f"{data}, {host}, {layers}{some[0]['epochs']} epochs, {some[0]['seeds']} runs each")
         ticks = [n * 10**power for power in range(6) for n in (1, 1.5, 2, 3, 5, 7)]
         axis.set_xticks([t for t in ticks if min(x) / 1.3 < t < 1.3 * max(x)], minor=False)
         axis.set_xticks([], minor=True)

@@ -1,6 +1,7 @@
 """The comparison of mixers: what it writes is what the runs and the models say, and what is done is not done again."""
 
 import csv
+import re
 import subprocess
 from itertools import combinations
 
@@ -49,9 +50,40 @@ def test_two_mixers_are_compared_once(tmp_path, monkeypatch):
         compare_mixers.compare(**SMALL, options={"window": {"kernel_size": 5}}, runs=str(runs), path=str(target))
 
 
-def test_cifar_needs_its_root():
-    with pytest.raises(ValueError, match="dir=None: must be the root of CIFAR-10"):
-        compare_mixers.compare(data=["cifar10"])
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(data=["cifar10"]), "dir=None: must be the root of cifar10"),
+        (dict(data=["cifar10", "folder"], dir="photos"), "dir='photos': must be the root of cifar10 or folder"),
+        (dict(data=["digit"]), "data='digit': must be digits, cifar10"),
+        (dict(mixers=["cbam"]), "mixers='cbam': must be the name of a mixer"),
+        (dict(gates=[{"kernel_size": 3}]), "gates={'kernel_size': 3}: must be the name of a gate"),
+    ],
+)
+def test_bad_arguments_are_named(wrong, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        compare_mixers.compare(**wrong)
+
+
+def test_gates_stand_beside_a_resnet_without_on_one_s_own_folder(tmp_path):
+    for place in range(24):
+        shade = tmp_path / "photos" / ("dark", "light")[place % 2] / f"{place}.png"
+        shade.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (29, 23), (100 * (place % 2) + place,) * 3).save(shade)
+    mixers, gates = [{"name": "window", "kernel_size": 3}, {"name": "window", "kernel_size": 5}], ["global_context"]
+    training = ["--data.val-share", "0.34", "--batch-size", "8"]
+    given = SMALL | dict(mixers=mixers, gates=gates, data=["folder"], dir=str(tmp_path / "photos"), training=training)
+    compare_mixers.compare(**given, runs=str(tmp_path / "runs"), path=str(tmp_path / "own.csv"))
+    rows = list(csv.DictReader((tmp_path / "own.csv").read_text(encoding="utf-8").splitlines()[1:]))
+    assert {(row["mixer"], row["options"]) for row in rows} == {
+        ("none", ""),
+        ("global_context", ""),
+        ("window", "kernel_size=3"),
+        ("window", "kernel_size=5"),
+    }
+    assert {row["data"] for row in rows} == {"folder"} and len(list((tmp_path / "runs").glob("folder-*"))) == 4
+    for run in (tmp_path / "runs").glob("folder-*"):
+        assert checkpoint.load(run / "last.pt")["data"]["val_share"] == 0.34
 
 
 def test_a_run_that_diverged_is_told_of_and_one_that_was_stopped_ends_the_call(tmp_path, monkeypatch):
