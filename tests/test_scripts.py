@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import onnxruntime
 import pytest
@@ -20,10 +21,10 @@ from torchvision.transforms import functional as TF
 
 import backbones
 from training import checkpoint
-from training.comparison import grouped
+from training.comparison import Finished, _curves, grouped
 from training.datasets import Digits
 from training.image_folder import order
-from training.report import Page, add_answers, confusion, mistakes, varied
+from training.report import Page, add_answers, add_curves, confusion, mistakes, varied
 from training.trained import open_trained
 from vision_attn.cost import flops
 
@@ -370,3 +371,15 @@ def test_the_exported_classifier_is_as_accurate(tmp_path):
     assert np.array_equal(right["fp32"], probabilities.argmax(dim=1).numpy())
     accuracy = {name: 100 * (answers == targets.numpy()).mean() for name, answers in right.items()}
     assert accuracy["fp32"] > 60 and abs(accuracy["int8"] - accuracy["fp32"]) <= 1
+
+
+def test_epochs_are_counted_in_whole_numbers(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    history = [{"epoch": 1, "loss": 0.7, "top1": 37.0}, {"epoch": 2, "loss": 0.5, "top1": 41.0}]
+    add_curves(Page("one"), {"history": history})
+    plt.close(_curves({"a": [Finished("run", {"history": history}, 1, 1)]}, "top-1 %", "top1"))
+    for figure in drawn:
+        for axis in figure.axes:
+            assert all(tick == int(tick) for tick in axis.get_xticks())
+    assert len(drawn) == 2

@@ -123,6 +123,7 @@ def _curves(groups: dict[str, list[Finished]], name: str, column: str):
             xs, ys = [row["epoch"] for row in history], [row[column] for row in history]
             axis.plot(xs, ys, marker=".", color=f"C{number % 10}", label=label if run is runs[0] else None)
     axis.set(xlabel="epoch", ylabel=name)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

@@ -230,6 +230,8 @@ def _folder(config, known, tell, seed, alone):
     if share:
         undivided = config.train_split or has_split(root, "train")
         train, val = divide(read(find_split(root, "train", config.train_split) if undivided else root), share, seed)
+        if alone:
+            tell(f"of {root} the images that val_share {share} sets aside; to evaluate all, put them into {root}/val")
     else:
         train = None if alone else read(find_split(root, "train", config.train_split))
         val = read(find_split(root, "val", config.val_split))

@@ -149,6 +149,7 @@ def curves(history: list[dict]):
         for name in names:
             axis.plot([row["epoch"] for row in history], [row[name] for row in history], marker=".", label=name)
         axis.set(xlabel="epoch", title=names[0] if len(names) == 1 else "")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend()

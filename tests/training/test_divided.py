@@ -52,13 +52,20 @@ def test_a_run_is_evaluated_on_the_images_it_kept(tmp_path, capsys):
     best = tmp_path / "run" / "best.pt"
     capsys.readouterr()
     assert load("train_imagenet").main(["--eval", str(best), "--threads", "1"]) == 0
-    first, last = capsys.readouterr().out.splitlines()
-    assert first.endswith("4 to evaluate") and f"loss {checkpoint.load(best)['metrics']['loss']:.4f}" in last
+    first, note, last = capsys.readouterr().out.splitlines()
+    where = tmp_path / "data"
+    told = f"note: of {where} the images that val_share 0.4 sets aside; to evaluate all, put them into {where}/val"
+    assert (
+        note == told
+        and first.endswith("4 to evaluate")
+        and f"loss {checkpoint.load(best)['metrics']['loss']:.4f}" in last
+    )
     assert load("report").main(options(run=tmp_path / "run")) == 0  # which reads the same ones
     make_folder(tmp_path / "later", ("ant", "bee"), ("val",), images=3)
     capsys.readouterr()
     assert load("train_imagenet").main(["--eval", str(best), *options(threads=1, data__dir=tmp_path / "later")]) == 0
-    assert capsys.readouterr().out.splitlines()[0].endswith("6 to evaluate")
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("6 to evaluate")
 
 
 def write_table(path, rows, names=("path", "label")):
