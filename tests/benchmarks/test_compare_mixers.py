@@ -83,7 +83,7 @@ def test_gates_stand_beside_a_resnet_without_on_one_s_own_folder(tmp_path):
     }
     assert {row["data"] for row in rows} == {"folder"} and len(list((tmp_path / "runs").glob("folder-*"))) == 4
     for run in (tmp_path / "runs").glob("folder-*"):
-        assert checkpoint.load(run / "last.pt")["data"]["val_share"] == 0.34
+        assert checkpoint.load(run / "last.pt")["config"]["data"]["val_share"] == 0.34
 
 
 def test_a_run_that_diverged_is_told_of_and_one_that_was_stopped_ends_the_call(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 Guo et al. 2019, Star-Transformer, https://arxiv.org/abs/1902.09113
     s = φ(MHA(s; {s, h_1 … h_N}))    h_u = φ(MHA(LN(h_u); {LN(h_v) : v in the ring of u} ∪ {e_u, s}))    φ = LeakyReLU
 Cost: 2 cycles N (k² + 2 R + 1) d
-Computed: 1 ×
+Computed: 1.6 ×
 e is the block's input and h starts as it; s is the relay: the R prefix tokens of the host, or one that starts as the
 mean of the pixels where there are none. ``cycles`` rounds, each with its own projections; the relays' last state is the
 output of the prefix tokens. Any two pixels are two steps apart, through the relay.
