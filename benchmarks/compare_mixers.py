@@ -119,7 +119,7 @@ def compare(
     epochs: int | None = None,
     seeds: int = 2,
     depth: int = 2,
-    options: dict[str, dict] = AT_8X8,
+    options: dict[str, dict] | None = None,
     training: list[str] | None = None,
     repeats: int = 5,
     device: str = "cpu",
@@ -137,7 +137,7 @@ def compare(
         epochs: of each run; null: 3 of CIFAR-10, 10 of others.
         seeds: runs of each mixer.
         depth: layers of the ViT.
-        options: of mixers that are given without, by name.
+        options: of blocks that are given without, by name; of others those that fit 8×8 positions.
         training: further words for train_imagenet.py, the same for all runs.
         repeats: timed steps of each; the median counts.
         device: cpu or cuda.
@@ -155,7 +155,7 @@ def compare(
     if len(there) > 1 or (there and dir is None):
         raise ValueError(f"dir={dir!r}: must be the root of {' or '.join(there)}, of one of them in a call")
     mixers = [name for name in list_blocks() if describe(name).kind == "mixer"] if mixers is None else mixers
-    compared = networks(mixers, gates or [], depth, options)
+    compared = networks(mixers, gates or [], depth, AT_8X8 | (options or {}))
     costs = Path(runs, f"steps-{mark(compared, BATCH, device, threads)}.csv")
     if not costs.exists():
         costs.parent.mkdir(parents=True, exist_ok=True)
