@@ -9,12 +9,12 @@ Rows are the segments. They leave the memory of ``memory`` rows in bands of ``st
 old enough, and then ``stride`` × ``stride`` pixels are one cell: so nothing of the past is lost, and up to ``memory`` +
 ``stride`` - 1 rows are exact. Exact keys and cells share one softmax. A cell has the place of its centre; cells that
 are cut off by the border are filled with zeros, and all start near means. Without ``causal`` rows below are remembered
-and compressed in the same way. Prefix tokens see all pixels as they are, and none sees them less.
+and compressed in the same way. Prefix tokens see all pixels as they are (causal: one another), and all see them.
 ``reconstruction`` is the paper's auxiliary loss, attention over what is compressed beside attention over its cells.
 When pixels are sampled, ``memory`` + ``stride`` rows and all cells are kept, and each cell is made once.
-Deviations: the kernel of cells learns from the main loss, too (the paper: from the auxiliary loss alone, which is what
-``reconstruction`` of detached inputs gives). Keys and values are convolved (there: hidden states), values with one
-kernel for all channels of a head, so that the output stays weights @ v. There is no limit to the compressed memory.
+Deviations: the kernel of cells learns from the main loss, too (the paper: from the auxiliary loss alone). Keys and
+values are convolved (there: hidden states), values with one kernel for all channels of a head, so that the output
+stays weights @ v. There is no limit to the compressed memory.
 
 >>> from vision_attn import Grid
 >>> print(Compressed(memory=1, band=2, past=True).draw(Grid(9, 7), 6, 3))
