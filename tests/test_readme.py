@@ -88,6 +88,7 @@ def test_commands_name_existing_files():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in filter(None, commands):
         words = shlex.split(command, comments=True)
+        words = words["=" in words[0] :]  # without a variable in front
         if words[0] == "make":
             assert f"\n{words[1]}:" in makefile, command
         elif words[1:3] == ["-m", "vision_attn"]:

@@ -83,6 +83,7 @@ PAPERS = {
     "2209.15001": ("Hassani", "DiNAT", "Dilated Neighborhood Attention Transformer"),
     "2303.08810": ("Zhu", "BiFormer", "BiFormer: Vision Transformer with Bi-Level Routing Attention"),
     "2310.01889": ("Liu", "ring attention", "Ring Attention with Blockwise Transformers for Near-Infinite Context"),
+    "2403.13298": ("Heo", "RoPE for vision transformers", "Rotary Position Embedding for Vision Transformer"),
     "2412.05496": (
         "Dong",
         "FlexAttention",

@@ -11,7 +11,7 @@ from vision_attn import Grid, create_block
 from vision_attn.blocks.adaptive_span import Others
 from vision_attn.engines import flash, union
 from vision_attn.mixer import softmax_over
-from vision_attn.pattern import Column, Row, Window
+from vision_attn.pattern import All, Column, Past, Row, Window
 from vision_attn.testing.case import BATCH, HEADS, KEY
 
 GRIDS = [Grid(13, 17), Grid(17, 5), Grid(1, 23), Grid(29, 1), Grid(1, 1)]
@@ -131,7 +131,7 @@ def test_gradients_in_half_precision_are_as_good_as_torchs(case, dtype):
     """Within twice the error of the plain formula in the same type, the rule of FlashAttention's own tests."""
     grid = Grid(13, 17)
     for step in case.block().steps:
-        if getattr(step, "relative", None) is not None:
+        if getattr(step, "relative", None) is not None or isinstance(step.pattern, All | Past):  # torch's own kernel
             continue
         tensors = [t.to(dtype) for t in inputs(grid)]
         exact = outputs_and_gradients(step, [t.double() for t in tensors], grid)
