@@ -143,7 +143,7 @@ def test_labels_of_rows_are_wrapped_and_inside_the_picture(tmp_path):
         sizes[wrapped] = Image.open(path).convert("L")
     ink = np.asarray(sizes[True])[:, :5]
     assert (ink > 250).all()  # nothing is cut off
-    dark = (np.asarray(sizes[True])[:, : 3 * sizes[True].width // 10] < 128).any(axis=1)
+    dark = (np.asarray(sizes[True])[:, : sizes[True].width // 5] < 128).any(axis=1)
     lines = (dark[1:] & ~dark[:-1]).sum()
     assert lines >= 4
 
