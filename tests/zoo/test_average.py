@@ -38,7 +38,7 @@ def sgd(module):
 def found(block, x):
     """The bases that EM finds in each image, from the stored ones, (B, C, K)."""
     with torch.no_grad():
-        return block.fit(block.before(x.permute(0, 2, 3, 1)).flatten(1, 2))[1]
+        return block.fit(block.before(x).flatten(2))[1]
 
 
 def moved(block, found):
