@@ -87,6 +87,14 @@ def test_parts_are_as_in_the_authors_code():
     assert block.before.bias is not None and block.after.bias is None and block.bases.momentum == 0.9
 
 
+def test_states_from_when_the_first_layer_was_linear_load():
+    block, x = create_block("expectation_maximization", DIM, bases=5).eval(), torch.randn(2, DIM, 7, 11)
+    state = block.state_dict() | {"before.weight": block.before.weight.detach()[:, :, 0, 0]}
+    other = create_block("expectation_maximization", DIM, bases=5).eval()
+    other.load_state_dict(state)
+    assert torch.equal(other(x), block(x))
+
+
 def test_it_costs_what_its_docstring_says():
     assert describe("expectation_maximization").cost == "7 N K d"
     x = torch.empty(1, 512, 7, 11, device="meta")

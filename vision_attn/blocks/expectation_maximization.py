@@ -68,6 +68,7 @@ class Block(Gate):
         self.after = nn.Conv2d(dim, dim, 1, bias=False, **dd)
         self.bases = Bases(dim, bases, momentum, beside=self.after, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
+        self.register_load_state_dict_pre_hook(as_convolution)
 
     def gate(self, x):
         # not in autocast: the redrawn image is nearly constant at first, and the norm would magnify half's rounding
@@ -124,6 +125,13 @@ class Block(Gate):
             bases = [b / ((b * b).sum().sqrt() + 1e-6) for b in bases]
         redrawn = [sum(s[k] * b for k, b in enumerate(bases)).clamp(min=0) for s in share]
         return torch.stack([self.after.weight[:, :, 0, 0] @ r for r in redrawn], dim=1).reshape(image.shape)
+
+
+def as_convolution(block: Block, state: dict, prefix: str, *_) -> None:
+    """Makes a convolution of what was a linear layer, in a state from then."""
+    weight = state.get(f"{prefix}before.weight")
+    if weight is not None and weight.ndim == 2:
+        state[f"{prefix}before.weight"] = weight[:, :, None, None]
 
 
 class Bases(StepAverage):
