@@ -90,6 +90,7 @@ class Rotary(nn.Module):
         place: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys of P + H·W tokens on ``grid``, turned; or of one, at raster index ``place`` of it."""
+        grid = Grid.of(grid)
         if place is None:
             lines = (torch.arange(n, device=q.device) for n in grid)
             y, x = (t.flatten() for t in torch.meshgrid(*lines, indexing="ij"))
