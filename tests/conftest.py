@@ -37,7 +37,7 @@ OPTIONS = {
     "axial": [{}, {"mode": "sum", "length": 3}, {"length": (5, 7)}, {"out_proj": False}],
     "big_bird": [{"tile": 3, "drawn": 2, "tokens": 3}],
     "bilevel": [{"tile": 3, "routes": 2}],
-    "binary_partition": [{"levels": 2}],
+    "binary_partition": [{"levels": 2}, {"levels": 3}],
     "cbam": [{}, {"spatial": False}, {"kernel_size": 3, "rd_channels": 2}],
     "clustered": [{}, {"cells": (2, 3), "top": 5}],
     "collaborative": [{}, {"content_bias": False}],

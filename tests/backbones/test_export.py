@@ -346,7 +346,8 @@ def test_the_file_names_its_block_and_not_what_it_is_made_of(block):
 def test_every_block_in_a_smaller_file(tmp_path, block, precision, opset, make, args):
     """`export_onnx` compares the answers at six sizes."""
     model = alive(make(block, **args)).eval()
-    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36), precision=precision, opset=opset)
+    errors = backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(28, 36), precision=precision, opset=opset)
+    assert len(errors) == 6 and (tmp_path / "m.onnx").is_file()
 
 
 @in_turn(
