@@ -147,7 +147,7 @@ def alive(model: nn.Module) -> nn.Module:
     """A host with no gain, norm, bias or running statistic at a special initial value, so that every part matters."""
     with torch.no_grad():
         for p in model.parameters():
-            if p.ndim == 1:
+            if p.ndim == 1 or p.numel() and p.min() == p.max():
                 p += torch.randn_like(p).mul(0.2).add(0.1)
         for norm in model.modules():
             if isinstance(norm, nn.BatchNorm2d):

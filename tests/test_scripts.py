@@ -39,7 +39,7 @@ def script(name: str):
 def trained(tmp_path):
     """A checkpoint as train_imagenet.py leaves it, of a model that knows nothing."""
     torch.manual_seed(0)
-    args = dict(num_classes=10, in_chans=3)
+    args = dict(num_classes=10, in_chans=3, attn_at="layer3.2")
     model = timm.create_model("cifar_resnet20_cbam", **args)
     data = dict(mean=[0.5] * 3, std=[0.25] * 3, input_size=[3, 32, 32], interpolation="bicubic", crop_pct=1.0)
     checkpoint.save(
