@@ -13,7 +13,7 @@ from training.command import Parser, spelled_out
 
 SOURCES = {  # what says where their images are
     "digits": (),
-    "pathfinder": (),
+    "pathfinder": ("dir",),
     "cifar10": ("dir", "download"),
     "cifar100": ("dir", "download"),
     "folder": ("dir", "train_split", "val_split", "val_share"),
@@ -91,7 +91,8 @@ class DataConfig:
         name: digits, pathfinder (or pathfinder/hard, pathfinder/64), cifar10, cifar100, folder, csv (images and labels
             in tables), hfds/NAME (Hugging Face datasets) or wds (WebDataset shards); null takes folder if dir is given,
             else digits.
-        dir: where the images are: the root of cifar10, cifar100, folder, csv and wds; the cache of hfds.
+        dir: where the images are: the root of cifar10, cifar100, folder, csv and wds; the cache of hfds and,
+            if given, of pathfinder, whose images take milliseconds to draw.
         download: let cifar10 and cifar100 be downloaded into dir.
         train_split: a folder name, the name of a table, a split name or a shard pattern; null takes the usual names of
             the source.

@@ -130,7 +130,8 @@ def create_datasets(
     """The training set, the validation set, and the names of their classes.
 
     digits            see Digits
-    pathfinder/LEVEL  see pathfinder.py; easy, hard or 64, pathfinder alone is easy
+    pathfinder/LEVEL  see pathfinder.py; easy, hard or 64, pathfinder alone is easy; under config.dir, if it is given,
+                      images are kept once they are drawn
     cifar10, cifar100 torchvision's, under config.dir
     folder            config.dir/train/CLASS/IMAGE and config.dir/val/CLASS/IMAGE: see image_folder.py; with val_share
                       config.dir/train/CLASS/IMAGE or config.dir/CLASS/IMAGE
@@ -164,7 +165,8 @@ def create_datasets(
         level = config.name.removeprefix("pathfinder").removeprefix("/") or "easy"
         if level not in LEVELS:
             raise ValueError(f"data.name must be pathfinder/LEVEL, with {', '.join(LEVELS)}, got {config.name!r}")
-        train, val, classes = Pathfinder(True, level), Pathfinder(False, level), Pathfinder.classes
+        train, val = (Pathfinder(train, level, config.dir) for train in (True, False))
+        classes = Pathfinder.classes
     else:
         sources = {"cifar10": _cifar, "cifar100": _cifar, "folder": _folder, "csv": _csv, "hfds": _hfds, "wds": _wds}
         try:

@@ -17,6 +17,8 @@ what lies near the dots, in 49 to 54 %.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -153,24 +155,48 @@ def _drawn(size: int, dashes: np.ndarray, contrast: np.ndarray, dots: np.ndarray
 class Pathfinder(Dataset):
     """Grey images of a level; images of training and test have no scene in common.
 
+    An image takes milliseconds to draw, so it is drawn once and kept, which takes size² + 1 bytes.
+
     Args:
         train: 50,000 images to train on, or 2,000 to test on.
         level: a name in `LEVELS`.
+        dir: a folder to keep drawn images in, for other processes and the next run; made where it is not there. None:
+            each process keeps its own.
     """
 
     classes = ["two curves", "one curve"]
 
-    def __init__(self, train: bool, level: str = "easy"):
+    def __init__(self, train: bool, level: str = "easy", dir: str | Path | None = None):
         self.level, self.seed, self.count = level, 0 if train else 1, 50_000 if train else 2_000
+        self.file = None if dir is None else Path(dir, f"pathfinder-{level}-{'train' if train else 'test'}.bin")
+
+    @cached_property
+    def drawn(self) -> np.ndarray:
+        """(count, size² + 1): the pixels of each image and 1 + its label, 0 where it is not drawn yet."""
+        shape = self.count, LEVELS[self.level].size ** 2 + 1
+        if self.file is None:
+            return np.zeros(shape, np.uint8)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("ab") as file:
+            file.truncate(math.prod(shape))  # zeros, which take no place until they are written
+        return np.memmap(self.file, np.uint8, "r+", shape=shape)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if not 0 <= index < self.count:
             raise IndexError(f"index {index}: must be in 0..{self.count - 1}")
-        image, label = sample(self.seed, index, LEVELS[self.level])
-        return Image.fromarray(np.round(255 * image).astype(np.uint8)), label
+        level, row = LEVELS[self.level], self.drawn[index]
+        if not row[-1]:
+            image, label = sample(self.seed, index, level)
+            row[:-1] = np.round(255 * image).ravel()
+            row[-1] = 1 + label  # last: other processes read it, too
+        return Image.fromarray(row[:-1].reshape(level.size, level.size).copy()), int(row[-1]) - 1
 
     def __len__(self) -> int:
         return self.count
+
+    def __getstate__(self) -> dict:
+        """Without the images: a process that is started opens the file anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "drawn"}
 
     def name(self, index: int) -> str:
         return f"pathfinder {self.level} {index}"

@@ -1,6 +1,7 @@
 """Pathfinder: fair coins, images that depend on their number alone, and nothing near the dots that tells the answer."""
 
 import hashlib
+import pickle
 from functools import cache
 
 import numpy as np
@@ -68,6 +69,24 @@ def test_a_twin_is_the_same_but_for_the_middle_of_the_curves(name):
         assert abs(lengths[0] - lengths[1]) < 0.1 * lengths[0]
 
 
+def test_images_are_drawn_once_and_kept_for_others(tmp_path, monkeypatch):
+    """Also for a process that is started later, and for one beside it."""
+    first, beside = (Pathfinder(False, "easy", tmp_path / "new" / "kept") for _ in range(2))
+    copied, in_memory = pickle.loads(pickle.dumps(first)), Pathfinder(False)
+    wanted = [(np.round(255 * image).astype(np.uint8), label) for image, label in (sample(1, i) for i in (7, 0, 1999))]
+    for number, index in enumerate((7, 0, 1999)):
+        assert np.array_equal(first[index][0], wanted[number][0]) and first[index][1] == wanted[number][1]
+        assert np.array_equal(in_memory[index][0], wanted[number][0])
+    monkeypatch.setattr("training.pathfinder.sample", None)  # nothing is left to draw
+    for images in (first, beside, copied, in_memory, pickle.loads(pickle.dumps(beside))):
+        if images is not in_memory:
+            assert images.file.stat().st_size == 2000 * (32 * 32 + 1)
+        for (image, label), index in zip(wanted, (7, 0, 1999)):
+            assert np.array_equal(images[index][0], image) and images[index][1] == label
+    with pytest.raises(TypeError):
+        first[8]
+
+
 def test_images_are_what_they_were():
     """Any order, any process: a sample is a function of its seed and number."""
     images = [sample(seed, index) for seed, index in ((0, 0), (0, 1), (1, 0), (7, 123_456_789))]
@@ -102,8 +121,8 @@ def test_levels_are_data_sets():
 def test_other_levels_are_refused(name):
     with pytest.raises(ValueError, match=f"data.name must be pathfinder/LEVEL, with easy, hard, 64, got '{name}'"):
         create_datasets(DataConfig(name=name))
-    with pytest.raises(ValueError, match="data.dir must be left out with data.name pathfinder"):
-        DataConfig(name="pathfinder", dir="somewhere")
+    with pytest.raises(ValueError, match="data.val_split must be left out with data.name pathfinder"):
+        DataConfig(name="pathfinder", val_split="somewhere")
 
 
 def statistics(image: np.ndarray) -> list[float]:
