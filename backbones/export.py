@@ -259,6 +259,7 @@ def _write_and_compare(models, path, channels, size, sizes, dynamic, opset) -> d
 
 def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], dynamic: bool, opset: int) -> None:
     import onnx  # of the extra "onnx"
+    from torch._dynamo import config  # takes a second
 
     axes, images = {0: "batch"}, torch.zeros(2, channels, *size)
     if _varies(model, dynamic):
@@ -266,18 +267,19 @@ def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], d
     with torch.no_grad():
         names = list(_by_name(model(images)))
     try:
-        torch.onnx.export(
-            model,
-            (images,),
-            path,
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=(axes,),
-            input_names=["image"],
-            output_names=names,
-            external_data=False,
-            verbose=False,
-        )
+        with config.patch(fake_tensor_cache_enabled=False):  # it costs more than it saves where sizes are free
+            torch.onnx.export(
+                model,
+                (images,),
+                path,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=(axes,),
+                input_names=["image"],
+                output_names=names,
+                external_data=False,
+                verbose=False,
+            )
     except torch.onnx.OnnxExporterError as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise ExportError(f"torch {torch.__version__} can't export {type(model).__name__}: {cause}") from error
