@@ -42,18 +42,24 @@ def calls_of(
     dense: bool,
     masked: bool,
 ) -> dict[str, Callable]:
-    """Attention of all steps of a block by each route: its own and, if asked for, dense and masked."""
+    """Attention of all steps of a block by each route: its own and, if asked for, dense and masked.
+
+    Its own of the queries, keys and values that it makes, which may have fewer or more channels.
+    """
     steps = steps_of(made)
     q, k, v = (
         torch.randn(1, heads, grid.size, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
-    calls = {"block": lambda: [step.mix(q, k, v, grid) for step in steps]}
     if isinstance(made, Gate):
         x = torch.randn(1, heads * channels, *grid, device=device, dtype=dtype)
-        calls["block"] = lambda: [made(x)]
-    elif runs_whole(made):
+        calls = {"block": lambda: [made(x)]}
+    else:
         x = torch.randn(1, grid.size, heads * channels, device=device, dtype=dtype)
-        calls["block"] = lambda: [made(x, grid)]
+        if runs_whole(made):
+            calls = {"block": lambda: [made(x, grid)]}
+        else:
+            own = [[t.detach().requires_grad_() for t in step.heads(x, grid)] for step in steps]
+            calls = {"block": lambda: [step.mix(*parts, grid) for step, parts in zip(steps, own)]}
     if dense:
         causal = [isinstance(step, Mixer) and step.causal for step in steps]
         calls["dense"] = lambda: [F.scaled_dot_product_attention(q, k, v, is_causal=past) for past in causal]

@@ -4,10 +4,11 @@ import csv
 import math
 
 import pytest
-from conftest import OFTEN
+import torch
+from conftest import OFTEN, every_mixer
 from scripts import load
 
-from vision_attn import create_block, describe, list_blocks
+from vision_attn import Grid, create_block, describe, list_blocks
 
 attention = load("benchmarks/attention")
 
@@ -51,6 +52,21 @@ def test_benchmark_runs_attention_alone_where_that_is_all():
     mixers = [create_block(name, 96) for name in list_blocks() if describe(name).kind == "mixer"]
     whole = {type(made).__module__.rpartition(".")[2] for made in mixers if attention.runs_whole(made)}
     assert whole == {"fourier", "inducing_points", "star", "residual_logits"}
+
+
+@every_mixer
+def test_a_mixer_is_timed_on_queries_and_keys_as_it_makes_them(block, monkeypatch):
+    """Of fewer channels than its values, or more."""
+    made, grid, given = create_block(block, 96, num_heads=3), Grid(3, 5), []
+    if attention.runs_whole(made):
+        return
+    for step in made.steps:
+        monkeypatch.setattr(step, "mix", lambda *parts, step=step: given.append((step, parts)) or parts[2])
+    attention.calls_of(made, 3, 32, grid, "cpu", torch.float32, False, False)["block"]()
+    for step, (*parts, at) in given:
+        assert [t.shape for t in parts] == [t.shape for t in step.heads(torch.zeros(1, grid.size, 96), grid)]
+        assert at == grid and all(t.requires_grad for t in parts)
+    assert len(given) == len(made.steps)
 
 
 def test_benchmark_tells_from_which_size_a_block_wins():
