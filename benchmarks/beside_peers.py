@@ -150,7 +150,8 @@ def halo(create, Peer, dim, heads, grid):
 @pair("interlaced_sparse", "torchvision", "torchvision.models.swin_transformer.ShiftedWindowAttention", "tokens")
 def tiles(create, Peer, dim, heads, grid):
     """The short-range step alone, beside Swin's attention without shift and with relative positions of zero."""
-    block, peer = create(num_heads=heads, factor=7).steps[1], Peer(dim, [7, 7], [0, 0], heads)
+    size = tuple(divisor(side, 8) for side in grid)  # with another the peer attends to padding
+    block, peer = create(num_heads=heads, factor=size).steps[1], Peer(dim, list(size), [0, 0], heads)
     copy(block.qkv, peer.qkv)
     copy(block.proj, peer.proj)
     peer.relative_position_bias_table.zero_()
@@ -430,12 +431,14 @@ def measure(pair: Pair, grid: Grid, batch: int, heads: int, channels: int, secon
             Peer = getattr(import_module(pair.path.rpartition(".")[0]), pair.peer)
             block, peer = pair.make(create, Peer, dim, heads, grid)
             theirs = peer.eval()(*inputs)
+        step(peer.train(), inputs, list(peer.parameters()))
     except Exception as failure:  # they raise anything, for want of another package or at a size that they refuse
         said = f"failed: {type(failure).__name__}: {' '.join(str(failure).split())[:80]}"
         return [row(package=package, answers=said)]
-    calls = {"ours": call_of(block.eval(), pair.input, grid), "peer": peer}
+    calls = {"ours": call_of(block, pair.input, grid), "peer": peer}
     answers = f"differs: {pair.differs}"
     if not pair.differs:
+        block.eval()
         with torch.no_grad():
             error = ((calls["ours"](*inputs) - theirs).abs().max() / theirs.abs().max()).item()
         answers = "same" if error < 1e-4 else f"not the same: {error:.1e} apart"
