@@ -354,7 +354,7 @@ def lsh(create, Peer, dim, heads, grid):
     chunk = divisor(grid.size // 2, 64)
     peer = Peer(bucket_size=chunk, n_hashes=1)
     call = Called(lambda q, k, v: peer(q.flatten(0, 1), v.flatten(0, 1))[0].unflatten(0, q.shape[:2]), peer)
-    return create(num_heads=heads, chunk=chunk), call
+    return create(num_heads=heads, chunk=max(1, chunk // 16) * 16), call  # others are padded to a multiple of 16
 
 
 @pair("routing", "routing-transformer", "routing_transformer.routing_transformer.KmeansAttention", "heads")
@@ -505,6 +505,8 @@ def benchmark(
     blocks = chosen("blocks", blocks, sorted({pair.block for pair in PAIRS}))
     packages = chosen("packages", packages, sorted({pair.package for pair in PAIRS}))
     pairs = [pair for pair in PAIRS if pair.block in blocks and pair.package in packages]
+    if not pairs:
+        raise ValueError(f"packages={packages!r}: no pair of {', '.join(blocks)}")
     rows, path = [], resume or path
     if resume:
         rows = [row for row in read(resume) if row["kind"]]  # what was not installed may be now

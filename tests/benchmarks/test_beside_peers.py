@@ -71,6 +71,8 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path):
         beside_peers.benchmark(blocks=["cbam", "windw"])
     with pytest.raises(ValueError, match="packages='tim': no pair has it; nearest: timm"):
         beside_peers.benchmark(packages=["tim"])
+    with pytest.raises(ValueError, match=r"packages=\['torchvision'\]: no pair of cbam, dense"):
+        beside_peers.benchmark(blocks=["cbam", "dense"], packages=["torchvision"])
     with pytest.raises(ValueError, match="packages='%%%': no pair has it; there are: aft-pytorch, "):
         beside_peers.benchmark(packages=["%%%"])
 
