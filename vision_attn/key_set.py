@@ -333,11 +333,13 @@ class Neighbours(Gathered):
     def tile(self, device) -> tuple[int, int]:
         """Queries of a tile down and right: so many that a tile's keys are at most 1.6 windows long and wide.
 
-        On CUDA always 8: kernels take 64 queries at a time there, and fewer cost as much.
+        At most 8, or 32 of a tile that is a line. On CUDA always 8: kernels take 64 queries at a time there, and fewer
+        cost as much.
         """
         if torch.device(device).type == "cuda":
             return 8, 8
-        return tuple(max(p for p in (1, 2, 4, 8) if p == 1 or p + 2 * r <= 1.6 * (2 * r + 1)) for r in self.radius)
+        p, q = (max(p for p in (1, 2, 4, 8, 16, 32) if p == 1 or p + 2 * r <= 1.6 * (2 * r + 1)) for r in self.radius)
+        return (p, q) if 1 in (p, q) else (min(p, 8), min(q, 8))
 
     def sizes(self, height: int, width: int, device) -> dict[str, int]:
         """Tiles of a class down (y) and right (x), queries in one (p, q), and steps between neighbours (sy, sx)."""

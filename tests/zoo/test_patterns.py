@@ -107,6 +107,15 @@ def test_tiles_of_any_size_hold_a_window(options, monkeypatch):
     kept._tensors.clear()
 
 
+@pytest.mark.parametrize("radius", [(0, 31), (31, 0), (0, 13)])
+def test_a_window_on_a_line_is_no_longer_cut_into_short_tiles(radius):
+    """Keys that are looked at but not wanted are fewer than those wanted, and tables are right."""
+    keys, grid = Neighbours(radius), Grid(1, 97) if radius[0] == 0 else Grid(97, 1)
+    tile, window = max(keys.tile("cpu")), 2 * max(radius) + 1
+    assert 8 < tile and tile + window - 1 <= 1.6 * window
+    assert_sets_are_the_rule(Window(radius), grid)
+
+
 def test_tables_are_kept_only_where_they_have_numbers():
     block, grid = create_block("window", 16, kernel_size=3, attn_drop=0.1).eval(), Grid(11, 19)
     x = torch.randn(2, grid.size, 16)

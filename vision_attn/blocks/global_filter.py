@@ -96,6 +96,8 @@ class Block(Mixer):
 
     def response(self, grid: Grid, like: Tensor) -> tuple[Float[Tensor, "heads H F"], Float[Tensor, "heads H F"]]:
         """K at the frequencies of a grid, f = 0 … H-1 and g = 0 … W // 2: its real and its imaginary part."""
+        if not is_traced() and grid == self.length:
+            return self.filter.to(like.dtype).unbind(dim=-1)
         (height, width), (rows, columns), factory = grid, self.length, dict(device=like.device, dtype=like.dtype)
         table = torch.cat([self.filter, self.filter[:, :1]], dim=1).to(like.dtype)  # the circle, closed
         f = torch.arange(height, **factory) * rows / height
