@@ -108,7 +108,7 @@ OPTIONS = {
     "window": [{}, {"kernel_size": (3, 5)}, {"kernel_size": (5, 3), "border": "shift"}],
 }
 # One block of each engine and kind: with the others, what takes long is left to `make test-all`.
-OFTEN = ("cbam", "criss_cross", "dense", "linear", "multiscale", "talking_heads")
+OFTEN = ("criss_cross", "cbam", "dense", "linear", "multiscale", "talking_heads")
 # Parameters whose gradient is 0, of blocks with these options.
 UNFELT = [
     ("global_context", {}, {"key.bias"}),  # a softmax does not see a constant
