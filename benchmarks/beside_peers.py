@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from training.results import read, write
 from vision_attn import Grid, Mixer, create_block
-from vision_attn.cost import peak_memory
+from vision_attn.cost import peak_memory, times
 from vision_attn.layout import OnMap
 
 
@@ -389,17 +389,11 @@ def step(call: Callable, inputs: list[Tensor], weights: list[Tensor]) -> None:
     torch.autograd.grad(out, [*inputs, *weights], torch.ones_like(out), allow_unused=True)
 
 
-def times(runs: dict[str, Callable], seconds: float) -> dict[str, float]:
-    """Milliseconds of processor time, medians of at least three turns after one that builds what later ones keep."""
-    taken = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    for turn in itertools.count():
-        if turn > 3 and time.perf_counter() >= end:
-            return {name: statistics.median(some[1:]) for name, some in taken.items()}
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            taken[name].append(1e3 * (time.process_time() - start))
+def busy(call: Callable, device: str) -> float:
+    """Milliseconds of processor time of one call, whatever else the machine does."""
+    start = time.process_time()
+    call()
+    return 1e3 * (time.process_time() - start)
 
 
 COLUMNS = "block", "options", "peer", "package", "grid", "batch", "kind", "ours ms", "peer ms", "peer / ours"
@@ -448,7 +442,10 @@ def measure(pair: Pair, grid: Grid, batch: int, heads: int, channels: int, secon
         for name, module in (("ours", block), ("peer", peer)):
             module.train(run is step)
             runs[name] = partial(run, calls[name], inputs, list(module.parameters()))
-        ms = times(runs, seconds)
+        taken = times(runs, "cpu", seconds, least=4, clock=busy)
+        ms = {
+            name: statistics.median(some[1:]) for name, some in taken.items()
+        }  # the first builds what later ones keep
         measured = {f"{name} ms": f"{some:.3f}" for name, some in ms.items()}
         measured |= {f"{name} MiB": f"{peak_memory(run, 'cpu'):.3f}" for name, run in runs.items()}
         measured["peer / ours"] = f"{ms['peer'] / ms['ours']:.2f}"

@@ -165,7 +165,10 @@ def create_datasets(
         level = config.name.removeprefix("pathfinder").removeprefix("/") or "easy"
         if level not in LEVELS:
             raise ValueError(f"data.name must be pathfinder/LEVEL, with {', '.join(LEVELS)}, got {config.name!r}")
-        train, val = (Pathfinder(train, level, config.dir) for train in (True, False))
+        try:
+            train, val = (Pathfinder(train, level, config.dir) for train in (True, False))
+        except OSError as error:
+            raise ValueError(f"data.dir {config.dir} can't keep the images of pathfinder: {error}") from error
         classes = Pathfinder.classes
     else:
         sources = {"cifar10": _cifar, "cifar100": _cifar, "folder": _folder, "csv": _csv, "hfds": _hfds, "wds": _wds}

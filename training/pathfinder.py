@@ -162,6 +162,9 @@ class Pathfinder(Dataset):
         level: a name in `LEVELS`.
         dir: a folder to keep drawn images in, for other processes and the next run; made where it is not there. None:
             each process keeps its own.
+
+    Raises:
+        OSError: ``dir`` is no folder that can be written to.
     """
 
     classes = ["two curves", "one curve"]
@@ -169,17 +172,16 @@ class Pathfinder(Dataset):
     def __init__(self, train: bool, level: str = "easy", dir: str | Path | None = None):
         self.level, self.seed, self.count = level, 0 if train else 1, 50_000 if train else 2_000
         self.file = None if dir is None else Path(dir, f"pathfinder-{level}-{'train' if train else 'test'}.bin")
+        self.shape = self.count, LEVELS[level].size ** 2 + 1
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("ab") as file:
+                file.truncate(math.prod(self.shape))  # zeros, which take no place until they are written
 
     @cached_property
     def drawn(self) -> np.ndarray:
         """(count, size² + 1): the pixels of each image and 1 + its label, 0 where it is not drawn yet."""
-        shape = self.count, LEVELS[self.level].size ** 2 + 1
-        if self.file is None:
-            return np.zeros(shape, np.uint8)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("ab") as file:
-            file.truncate(math.prod(shape))  # zeros, which take no place until they are written
-        return np.memmap(self.file, np.uint8, "r+", shape=shape)
+        return np.memmap(self.file, np.uint8, "r+", shape=self.shape) if self.file else np.zeros(self.shape, np.uint8)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if not 0 <= index < self.count:

@@ -81,9 +81,15 @@ def forward_backward(module: nn.Module, x: Tensor, *args) -> Callable[[], None]:
 
 
 def times(
-    calls: dict[str, Callable], device: str | torch.device, seconds: float = 0.0, least: int = 2
+    calls: dict[str, Callable],
+    device: str | torch.device,
+    seconds: float = 0.0,
+    least: int = 2,
+    clock: Callable[[Callable, str | torch.device], float] = clock,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, the calls taking turns, until ``seconds`` are over and each had ``least`` turns.
+
+    ``clock(call, device)`` says how long one takes.
 
     Raises:
         ValueError: ``seconds`` is no finite number ≥ 0.

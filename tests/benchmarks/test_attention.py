@@ -59,6 +59,8 @@ def test_a_mixer_is_timed_on_queries_and_keys_as_it_makes_them(block, monkeypatc
     """Of fewer channels than its values, or more."""
     made, grid, given = create_block(block, 96, num_heads=3), Grid(3, 5), []
     if attention.runs_whole(made):
+        (out,) = attention.calls_of(made, 3, 32, grid, "cpu", torch.float32, False, False)["block"]()
+        assert out.shape == (1, grid.size, 96)
         return
     for step in made.steps:
         monkeypatch.setattr(step, "mix", lambda *parts, step=step: given.append((step, parts)) or parts[2])

@@ -85,6 +85,9 @@ def test_images_are_drawn_once_and_kept_for_others(tmp_path, monkeypatch):
             assert np.array_equal(images[index][0], image) and images[index][1] == label
     with pytest.raises(TypeError):
         first[8]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="data.dir .*file can't keep the images of pathfinder: "):
+        create_datasets(DataConfig(name="pathfinder", dir=str(tmp_path / "file")))
 
 
 def test_images_are_what_they_were():

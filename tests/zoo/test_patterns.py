@@ -108,7 +108,7 @@ def test_tiles_of_any_size_hold_a_window(options, monkeypatch):
 
 
 @pytest.mark.parametrize("radius", [(0, 31), (31, 0), (0, 13)])
-def test_a_window_on_a_line_is_no_longer_cut_into_short_tiles(radius):
+def test_a_window_on_a_line_is_cut_into_long_tiles(radius):
     """Keys that are looked at but not wanted are fewer than those wanted, and tables are right."""
     keys, grid = Neighbours(radius), Grid(1, 97) if radius[0] == 0 else Grid(97, 1)
     tile, window = max(keys.tile("cpu")), 2 * max(radius) + 1
