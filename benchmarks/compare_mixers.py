@@ -251,7 +251,8 @@ def picture(rows: list[dict], target: Path) -> None:
         axis.scatter(x, y, [200 * m / max(memory) for m in memory], colors, alpha=0.6, linewidth=0, zorder=2)
         axis.set(xscale="log", xlabel=f"forward + backward of {BATCH} images, ms", ylabel="top-1, %")
         layers = f"{some[0]['depth']} layers, " if some[0]["depth"] else ""
-        axis.set_title(f"{data}, {host}, {layers}{some[0]['epochs']} epochs, {some[0]['seeds']} runs each")
+        runs = " or ".join(sorted({str(row["seeds"]) for row in some}, key=int))
+        axis.set_title(f"{data}, {host}, {layers}{some[0]['epochs']} epochs, {runs} runs each")
         ticks = [n * 10**power for power in range(6) for n in (1, 1.5, 2, 3, 5, 7)]
         axis.set_xticks([t for t in ticks if min(x) / 1.3 < t < 1.3 * max(x)], minor=False)
         axis.set_xticks([], minor=True)
