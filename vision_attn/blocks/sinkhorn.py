@@ -29,7 +29,7 @@ from ..engines.union import flash
 from ..key_set import Tiles
 from ..mixer import Mixer
 from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
-from ..traced import fixed, least
+from ..traced import fixed, is_traced, least
 
 
 class Block(Mixer):
@@ -90,27 +90,35 @@ class Block(Mixer):
 
     def tiles(self, q, k, v, before, grid):
         """What positions (b, N, d) get of their tile and of a sorted one, or of the first sorted ones."""
-        fold, wide = Tiles((self.tile, self.tile)), at_least_float32(v)
+        fold = Tiles((self.tile, self.tile))
         q, k, v = (fold.queries(rearrange(t, "b (H W) d -> b H W d", H=grid.height, W=grid.width)) for t in (q, k, v))
-        there = fold.numbers(grid, q.device)[0] >= 0  # (tiles, places)
-        size = there.sum(dim=1)[:, None].to(wide)
+        whole = not is_traced() and grid.height % self.tile == 0 and grid.width % self.tile == 0
+        there = None if whole else fold.numbers(grid, q.device)[0] >= 0  # (tiles, places)
         with outside_autocast(v):
-            means = [t.sum(dim=2, dtype=wide) / size for t in (q, k, v)]
-            order = self.order(*means[:2])
+            order = self.order(*(self.means(t, there) for t in (q, k)))
             if self.cut:
                 order = order.narrow(1, 0, least(self.cut, order.shape[1]))
-            k_sorted, v_sorted = (
-                self.mixed(order, torch.where(there[..., None], t.to(wide), mean[:, :, None])).to(v.dtype)
-                for t, mean in zip((k, v), means[1:])
-            )
-        # places that no tile has, the first tile has not
-        mask = there[:1].expand(order.shape[1], -1)
+            k_sorted, v_sorted = (self.mixed(order, self.filled(t, there)).to(v.dtype) for t in (k, v))
         if self.cut:
             k_sorted, v_sorted = (t.flatten(1, 2)[:, None].expand(-1, q.shape[1], -1, -1) for t in (k_sorted, v_sorted))
-            mask = mask.flatten()[None].expand(q.shape[1], -1)
-        mask = torch.cat([there, mask], dim=1)[:, None].expand(-1, q.shape[2], -1)
+        mask = None
+        if there is not None:  # places that no tile has, the first tile has not
+            sorted_there = there[:1].expand(order.shape[1], -1)
+            sorted_there = sorted_there.flatten()[None].expand(q.shape[1], -1) if self.cut else sorted_there
+            mask = torch.cat([there, sorted_there], dim=1)[:, None].expand(-1, q.shape[2], -1)
         out = self.attend(q, [k, k_sorted], [v, v_sorted], before, mask)
         return fold.place(out, grid).flatten(1, 2)
+
+    def means(self, t, there):
+        """Of tiles (b, tiles, places, d), over the places that are ``there``; None: all are."""
+        total = t.sum(dim=2, dtype=at_least_float32(t))
+        return total / (t.shape[2] if there is None else there.sum(dim=1)[:, None].to(total.dtype))
+
+    def filled(self, t, there):
+        """Tiles with their means where they lack places."""
+        if there is not None:
+            t = torch.where(there[..., None], t.to(at_least_float32(t)), self.means(t, there)[:, :, None])
+        return t
 
     def order(self, q: Tensor, k: Tensor) -> Tensor:
         """R of the means of tiles (b, tiles, d)."""
@@ -121,7 +129,7 @@ class Block(Mixer):
 
     def mixed(self, order, t):
         """Tiles (b, tiles, places, d) mixed to sorted ones."""
-        return (order @ t.flatten(2)).unflatten(2, t.shape[2:])
+        return (order @ t.to(order.dtype).flatten(2)).unflatten(2, t.shape[2:])
 
     def runs(self, q, k, v, before, grid):
         """The causal form: what positions (b, N, d) get of their run and of the mixture of earlier ones."""
@@ -138,19 +146,19 @@ class Block(Mixer):
             mean = k.sum(dim=2, dtype=wide) / length
             scores = (self.scale / self.temperature) * known @ mean.transpose(-2, -1)
             order = scores.masked_fill(~past, torch.finfo(wide).min).softmax(dim=-1) * past.to(wide)
-            k_sorted, v_sorted = (self.mixed(order, t.to(wide)).to(v.dtype) for t in (k, v))
+            k_sorted, v_sorted = (self.mixed(order, t).to(v.dtype) for t in (k, v))
         own = (place <= place[:, None]).expand(count, -1, -1)
         mask = torch.cat([own, (run > 0)[:, None, None].expand_as(own)], dim=2)
         out = self.attend(q, [k, k_sorted], [v, v_sorted], before, mask)
         return out.flatten(1, 2).narrow(1, 0, n)
 
     def attend(self, q, keys, values, before, mask):
-        """Attention of blocks to their ``keys`` as ``mask`` (blocks, places, keys) says, and to all that is before."""
+        """Attention of blocks to ``before`` and to their ``keys`` as ``mask`` (blocks, places, keys) says, None: all."""
         blocks, prefix = q.shape[1], fixed(before[0].shape[2])
         if prefix:
             keys, values = ([t.expand(-1, blocks, -1, -1), *parts] for t, parts in zip(before, (keys, values)))
-            mask = F.pad(mask, (prefix, 0), value=True)
-        mask = mask[None].expand(q.shape[0], -1, -1, -1)
+            mask = mask if mask is None else F.pad(mask, (prefix, 0), value=True)
+        mask = mask if mask is None else mask[None].expand(q.shape[0], -1, -1, -1)
         return flash(q, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=mask, scale=self.scale)
 
     def weights(self, q, k, grid):
