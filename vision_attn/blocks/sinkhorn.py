@@ -153,7 +153,7 @@ class Block(Mixer):
         return out.flatten(1, 2).narrow(1, 0, n)
 
     def attend(self, q, keys, values, before, mask):
-        """Attention of blocks to ``before`` and to their ``keys`` as ``mask`` (blocks, places, keys) says, None: all."""
+        """Attention of blocks to ``before`` and their ``keys`` as ``mask`` (blocks, places, keys) says; None: all."""
         blocks, prefix = q.shape[1], fixed(before[0].shape[2])
         if prefix:
             keys, values = ([t.expand(-1, blocks, -1, -1), *parts] for t, parts in zip(before, (keys, values)))

