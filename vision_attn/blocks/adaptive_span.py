@@ -36,9 +36,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import check
+from ..engines.bias import Bias
 from ..engines.cache import Store
 from ..engines.route import note, takes_dense
-from ..engines.union import attend, flash
+from ..engines.union import attend, flash_by
 from ..grid import Grid
 from ..kept import kept
 from ..key_set import Everything, Only, rows_and_columns
@@ -131,9 +132,16 @@ class Block(Mixer):
         return m.masked_fill(distance < self.nearest, 0)
 
     def bias(self, distance):
-        """log m; where m is 0, the smallest finite number, without a gradient."""
+        """log m; where m is 0, half the least number, without a gradient."""
         m = self.soft_mask(distance)
-        return m.masked_fill(m == 0, 1).log().masked_fill(m == 0, torch.finfo(m.dtype).min)
+        return m.masked_fill(m == 0, 1).log().masked_fill(m == 0, torch.finfo(m.dtype).min / 2)
+
+    @torch.no_grad()
+    def steeper(self, distance):
+        """log m + log ∂ log m / ∂z: -log R on the ramp, hidden elsewhere."""
+        m = self.soft_mask(distance)
+        flat = (m == 0) | (m == 1)
+        return torch.full_like(m, -math.log(self.ramp)).masked_fill(flat, torch.finfo(m.dtype).min / 2)
 
     def mix(self, q, k, v, grid):
         if takes_dense(grid.size <= 28 * 28):
@@ -144,7 +152,12 @@ class Block(Mixer):
         above = around[: radius + size] if self.causal else around
         down, right = (above - tile[:, None]).abs(), (around - tile[:, None]).abs()
         distance = torch.maximum(down[:, None, :, None], right[None, :, None, :]).flatten(2).flatten(0, 1)
-        bias = self.bias(distance).to(v.dtype)[:, None].repeat(q.shape[0], 1, 1, 1)  # (B · heads, 1, queries, keys)
+
+        def of_all(t):
+            return t[:, None].repeat(q.shape[0], 1, 1, 1)  # (B · heads, 1, queries, keys)
+
+        z = self.spans().repeat(q.shape[0])[:, None, None]
+        bias = Bias(of_all(self.bias(distance)), z, lambda: of_all(self.steeper(distance)))
         out = attend(q, k, v, grid, self.window, scale=self.scale, dropout=self.dropout, bias=bias)
         return self.without_alone(out, grid)
 
@@ -152,12 +165,18 @@ class Block(Mixer):
     def mix_by_mask(self, q, k, v, grid):
         """The same for small grids: log m of all pairs is one mask."""
         note("dense")
-        prefix, least = grid.prefix_of(q.shape[2]), torch.finfo(v.dtype).min / 2
-        (which,) = kept(distances, grid, prefix, self.causal, device=q.device)
-        bias = self.bias(torch.arange(max(grid), device=q.device)).clamp(min=least)  # (heads, distances)
-        bias = torch.cat([bias, bias.new_tensor([least, 0.0]).expand(self.num_heads, -1)], dim=1).to(v.dtype)
-        bias = bias.index_select(1, which.flatten()).unflatten(1, which.shape)[None]
-        out = flash(q, k, v, attn_mask=bias, dropout_p=self.dropout, scale=self.scale)
+        (which,) = kept(distances, grid, grid.prefix_of(q.shape[2]), self.causal, device=q.device)
+        near = torch.arange(max(grid), device=q.device)
+
+        hidden = torch.finfo(at_least_float32(self.reach)).min / 2
+
+        def of_all(table, prefix):
+            """(heads, distances), what is hidden and what is of prefix tokens for all pairs, (1, heads, N, N)."""
+            table = torch.cat([table, table.new_tensor([hidden, prefix]).expand(self.num_heads, -1)], dim=1)
+            return table.index_select(1, which.flatten()).unflatten(1, which.shape)[None]
+
+        bias = Bias(of_all(self.bias(near), 0.0), self.spans()[:, None], lambda: of_all(self.steeper(near), hidden))
+        out = flash_by(bias, q, k, v, scale=self.scale, dropout_p=self.dropout)
         return self.without_alone(out, grid)
 
     def without_alone(self, out, grid):

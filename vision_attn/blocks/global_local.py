@@ -18,12 +18,18 @@ tokens and all look at them, without labels. ETC's pretraining is not here.
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from .. import check
-from ..key_set import Neighbours
+from ..engines.route import note, takes_dense
+from ..grid import Grid
+from ..kept import kept
+from ..key_set import Neighbours, rows_and_columns
 from ..mixer import Mixer
 from ..precision import at_least_float32, outside_autocast
+
+LARGEST_DENSE = 14 * 14  # pixels up to which all are scored: tiles with their rims hold as many
 
 
 class Block(Mixer):
@@ -99,12 +105,16 @@ class Block(Mixer):
         pixels = q[:, :, prefix:]
         to_global = pixels @ forms[2] @ read_k.transpose(-2, -1) + labels[2].index_select(1, owner)
         scores = [to_global * self.scale + empty, self.scale * (pixels @ k[:, :, :prefix].transpose(-2, -1))]
-        scores.append(self.near_scores(near, pixels, k[:, :, prefix:], grid))
+        k_pixels, v_pixels, dense = k[:, :, prefix:], v[:, :, prefix:], takes_dense(grid.size <= LARGEST_DENSE)
+        if dense:
+            note("dense")
+            scores.append(self.scores_of_all(pixels, k_pixels, grid))
+        else:
+            scores.append(self.near_scores(near, pixels, k_pixels, grid))
         sizes = [score.shape[-1] for score in scores]
         to_global, to_prefix, to_near = torch.cat(scores, dim=-1).softmax(dim=-1).split(sizes, dim=-1)
-        out = (
-            to_global @ read_v + to_prefix @ v[:, :, :prefix] + self.near_values(near, to_near, v[:, :, prefix:], grid)
-        )
+        out = to_global @ read_v + to_prefix @ v[:, :, :prefix]
+        out = out + (to_near @ v_pixels if dense else self.near_values(near, to_near, v_pixels, grid))
         first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=self.scale)
         return torch.cat([first, out], dim=2)
 
@@ -122,6 +132,13 @@ class Block(Mixer):
         (down, right), window = self.windows, torch.arange(self.windows[0] * self.windows[1], device=device)
         y, x = window // right, window % right
         return y[None] - y[:, None] + down - 1, x[None] - x[:, None] + right - 1
+
+    def scores_of_all(self, q, k, grid):
+        """Scores of all pixels, those that are not near hidden, (B, heads, N, N)."""
+        (which,) = kept(labels_of_all, self.near.radius, grid, device=q.device)
+        table = F.pad(self.scale * self.of_pixels.to(q.dtype).flatten(1), (0, 1), value=torch.finfo(q.dtype).min / 2)
+        labels = table.index_select(1, which.flatten()).unflatten(1, which.shape)
+        return self.scale * q @ k.transpose(-2, -1) + labels
 
     def near_scores(self, near, q, k, grid):
         """Scores of the pixels near each, in the order of its tile's keys, (B, heads, N, keys)."""
@@ -184,3 +201,11 @@ class Block(Mixer):
         )
         first = (q[:, :, :prefix] @ k.mT * self.scale).softmax(dim=-1)
         return torch.cat([first, rest], dim=2)
+
+
+def labels_of_all(radius: tuple[int, int], grid: Grid, device) -> tuple[Int[Tensor, "N N"]]:
+    """Where in a flat table of labels that of each pixel for each is; behind its end where it is not near."""
+    y, x = rows_and_columns(torch.arange(grid.size, device=device), grid.width)
+    (down, right), (rows, columns) = (c - c[:, None] for c in (y, x)), (2 * r + 1 for r in radius)
+    near = (down.abs() <= radius[0]) & (right.abs() <= radius[1])
+    return (torch.where(near, (down + radius[0]) * columns + right + radius[1], rows * columns),)

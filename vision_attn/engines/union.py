@@ -22,6 +22,7 @@ from ..pattern import All, Past, Pattern
 from ..precision import at_least_float32, is_slow, outside_autocast
 from ..traced import fixed, is_passing, is_traced
 from . import flex
+from .bias import Bias, biased
 from .flash import BLOCKS, Before, added, by_launches, hiding, kernel_for, mask_of, merged
 from .route import asked, dense_is_faster, flat_is_faster, note, takes_dense
 
@@ -35,7 +36,7 @@ def attend(
     *,
     scale: float,
     dropout: float = 0.0,
-    bias: Float[Tensor, "#b #groups queries keys"] | None = None,
+    bias: Bias | Float[Tensor, "#b #groups queries keys"] | None = None,
     others: Sequence[tuple[KeySet, Tensor, Tensor]] = (),
 ) -> Float[Tensor, "B heads tokens dv"]:
     """softmax over what ``pattern`` allows and the prefix tokens; prefix queries see all (causal: one another).
@@ -45,7 +46,7 @@ def attend(
     values of their own, maps (b, rows, columns, d). Cost: (queries × keys looked at) · d.
     """
     if is_slow(v):  # and scores may pass the least float16, a mask
-        bias = None if bias is None else bias.float()
+        bias = bias.float() if isinstance(bias, Tensor) else bias
         others, options = [(keys, *(t.float() for t in own)) for keys, *own in others], dict(scale=scale, bias=bias)
         with outside_autocast(v):
             q, k, v = q.float(), k.float(), v.float()
@@ -93,6 +94,24 @@ def flash(
     width, wider = v.shape[-1], fixed(q.shape[-1] - v.shape[-1])
     v = F.pad(v, (0, wider)) if wider > 0 else v
     return _by_launches(q, k, v, **options)[..., :width]
+
+
+def flash_by(
+    bias: Bias,
+    q: Float[Tensor, "B heads queries dk"],
+    k: Float[Tensor, "B heads keys dk"],
+    v: Float[Tensor, "B heads keys dv"],
+    mask: Float[Tensor, "#B #heads #queries keys"] | None = None,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+) -> Float[Tensor, "B heads queries dv"]:
+    """`flash` with a bias that learns, and a mask besides; it keeps no weights for the backward where a kernel can."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if dropout_p == 0 and (kernel := kernel_for(q, k, v)):
+        return biased(kernel, q, k, v, bias, mask, scale)
+    mask = (bias.added if mask is None else bias.added + mask).to(v.dtype)
+    return flash(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
 
 
 def _by_launches(q, k, v, attn_mask=None, **options):
@@ -161,12 +180,15 @@ def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
     mask, unseen = kept(_mask_of_set, keys, grid, prefix, q.dtype, device=q.device)
     if prefix:
         k, v = (torch.cat([p.expand(-1, t.shape[1], -1, -1), t], dim=2) for p, t in zip(before, (k, v)))
-        bias = None if bias is None else F.pad(bias, (prefix, 0))
-    if bias is not None:
-        mask = bias if mask is None else bias + mask
-    if mask is not None:
-        mask = mask.expand(-1, -1, q.shape[2], -1)
-    out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=keys.causal and not prefix, scale=scale)
+        if bias is not None:
+            bias = bias.with_prefix(prefix) if isinstance(bias, Bias) else F.pad(bias, (prefix, 0))
+    if isinstance(bias, Bias):
+        out = flash_by(bias, q, k, v, mask, dropout_p=dropout, scale=scale)
+    else:
+        if bias is not None:
+            mask = bias if mask is None else bias + mask
+        mask = mask if mask is None else mask.expand(-1, -1, q.shape[2], -1)
+        out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=keys.causal and not prefix, scale=scale)
     return keys.place(_of_seen(out, keys, unseen), grid)
 
 
