@@ -38,6 +38,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .. import check
+from ..engines.flash import hiding
 from ..engines.route import note, takes_dense
 from ..engines.union import flash
 from ..grid import Grid
@@ -151,7 +152,7 @@ class Block(PatternMixer):
 
     @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if takes_dense(grid.size <= 25 * 25):
+        if takes_dense(grid.size <= 28 * 28):
             return self.mix_by_mask(q, k, v, grid)
         heads, prefix, fold = q.shape[1], grid.prefix_of(q.shape[2]), Tiles((self.side, self.side))
         first = prefix + least(self.tokens, grid.size)  # tokens that all see
@@ -199,10 +200,10 @@ class Block(PatternMixer):
         count = seen.shape[1]
         tiles = torch.zeros(*seen.shape[:2], count + 1, dtype=torch.bool, device=q.device)
         tiles = tiles.scatter(2, seen.masked_fill(seen < 0, count), True)  # (heads, tiles, tiles)
-        mask = tiles[:, tile][:, :, tile] | (place < self.tokens)
+        mask = tiles.index_select(2, tile).index_select(1, tile) | (place < self.tokens)  # whole rows last
         mask = mask & (place <= place[:, None]) if self.causal else mask | (place < self.tokens)[:, None]
         mask = F.pad(mask, (0, 0, prefix, 0), value=not self.causal)
-        mask = F.pad(mask, (prefix, 0), value=True)[None]
+        mask = hiding(F.pad(mask, (prefix, 0), value=True), v.dtype)
         return flash(q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
 
     def seen(self, grid: Grid) -> Int[Tensor, "heads tiles m"]:
