@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vision_attn import Grid, create_block
+from vision_attn import Grid, create_block, route
 from vision_attn.blocks.adaptive_span import Others
+from vision_attn.engines.flash import kernel_for
 from vision_attn.engines.union import attend
 
 GRID = Grid(7, 11)
@@ -74,6 +75,32 @@ def test_spans_are_learned_by_what_is_at_their_rim_alone():
         rim = (m > 0) & (m < 1)
         expected = (weights * gain)[:, head, rim] / (2.5 * m[rim])
         torch.testing.assert_close(slope[head], 5 * expected.sum(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("by", ["dense", "union"])
+@pytest.mark.parametrize("causal, prefix", [(False, 3), (True, 3), (True, 0)])
+def test_what_a_kernel_gives_learns_as_the_definition_does(by, causal, prefix):
+    """Also of z at a whole distance, where m has two slopes, and of one within a ramp beyond the image."""
+    block, inputs = of_spans(2.0, 1.3, 4.7, causal=causal), tokens(prefix=prefix, widths=(13, 13, 13))
+    given = [*(t.requires_grad_() for t in inputs), block.reach]
+    assert kernel_for(*inputs) is not None
+    with route(by) as taken:
+        out = block.mix(*inputs, GRID)
+    assert taken == {by}
+    slope, wanted = torch.randn_like(out), block.weights(*inputs[:2], GRID) @ inputs[2]
+    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-11)
+    for one, other in zip(torch.autograd.grad(out, given, slope), torch.autograd.grad(wanted, given, slope)):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("by", ["dense", "union"])
+def test_no_weights_are_kept_for_the_backward(by):
+    block, grid, sizes = create_block("adaptive_span", 16, num_heads=2, span=3), Grid(23, 29), []
+    q, k, v = (torch.randn(3, 2, grid.size, 8, requires_grad=True) for _ in range(3))
+    with route(by), torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        block.mix(q, k, v, grid)
+    weights = 3 * 2 * grid.size * (grid.size if by == "dense" else (2 * block.window.radius[0] + 1) ** 2)
+    assert max(sizes) < weights / 1.5  # a bias of all pairs for all images, or of a tile
 
 
 def test_the_papers_penalty_shortens_spans_and_none_winds_up_or_is_stuck_outside():

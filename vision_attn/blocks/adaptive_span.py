@@ -36,13 +36,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import check
-from ..engines.bias import Bias
+from ..engines.bias import Bias, biased
 from ..engines.cache import Store
+from ..engines.flash import kernel_for
 from ..engines.route import note, takes_dense
-from ..engines.union import attend, flash_by
+from ..engines.union import attend, flash
 from ..grid import Grid
 from ..kept import kept
-from ..key_set import Everything, Only, rows_and_columns
+from ..key_set import Everything, Only, Rows, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Past, Pattern, Window
 from ..precision import at_least_float32, in_float32_where_slow
@@ -166,8 +167,7 @@ class Block(Mixer):
         """The same for small grids: log m of all pairs is one mask."""
         note("dense")
         (which,) = kept(distances, grid, grid.prefix_of(q.shape[2]), self.causal, device=q.device)
-        near = torch.arange(max(grid), device=q.device)
-
+        near, q, k = torch.arange(max(grid), device=q.device), q.to(v.dtype), k.to(v.dtype)
         hidden = torch.finfo(at_least_float32(self.reach)).min / 2
 
         def of_all(table, prefix):
@@ -176,7 +176,12 @@ class Block(Mixer):
             return table.index_select(1, which.flatten()).unflatten(1, which.shape)[None]
 
         bias = Bias(of_all(self.bias(near), 0.0), self.spans()[:, None], lambda: of_all(self.steeper(near), hidden))
-        out = flash_by(bias, q, k, v, scale=self.scale, dropout_p=self.dropout)
+        if kernel := kernel_for(q, k, v) if self.dropout == 0 else None:
+            none, maps = (t[:, :1, :0] for t in (k, v)), Grid(*q.shape[1:3])  # each head as a row of tokens
+            out = biased(kernel, Rows(), bias, maps, self.scale, q, k, v, *none)
+        else:
+            mask = bias.added.to(v.dtype)
+            out = flash(q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
         return self.without_alone(out, grid)
 
     def without_alone(self, out, grid):

@@ -10,95 +10,93 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .flash import Cpu, Cuda
-
-AT_ONCE = 2**20  # numbers of a bias that is added to a mask
+from ..grid import Grid
+from ..key_set import KeySet
+from ..precision import at_least_float32
+from .flash import Before, Cpu, Cuda, Merged, mask_of, pieces
 
 
 class Bias(NamedTuple):
-    """What is added to scores, least numbers where a key is hidden.
+    """What is added to the scores of a key set, half the least number where a key is hidden.
 
     Args:
         added: b, in at least float32 and differentiable.
-        parameter: z, broadcast to queries.
+        parameter: z, broadcast to the grid.
         steeper: gives b + log b', which is asked for in the backward alone.
     """
 
     added: Float[Tensor, "#b #groups #queries keys"]
-    parameter: Float[Tensor, "#b #groups #queries"]
+    parameter: Float[Tensor, "#b #H #W"]
     steeper: Callable[[], Float[Tensor, "#b #groups #queries keys"]]
-
-    def with_prefix(self, prefix: int) -> "Bias":
-        """The same behind keys that all see."""
-        least = torch.finfo(self.added.dtype).min / 2
-        added = F.pad(self.added, (prefix, 0))
-        return Bias(added, self.parameter, lambda: F.pad(self.steeper(), (prefix, 0), value=least))
 
 
 def biased(
     kernel: type[Cpu] | type[Cuda],
-    q: Float[Tensor, "b groups queries d"],
-    k: Float[Tensor, "b groups keys d"],
-    v: Float[Tensor, "b groups keys d"],
+    keys: KeySet,
     bias: Bias,
-    mask: Float[Tensor, "#b #groups #queries keys"] | None,
+    grid: Grid,
     scale: float,
-) -> Float[Tensor, "b groups queries d"]:
-    """softmax(scale · q kᵀ + bias + mask) v, by a kernel that tells the log-sum-exp (`flash.kernel_for`)."""
-    return Biased.apply(kernel, scale, bias.steeper, mask, bias.added.detach(), q, k, v, bias.parameter)[0]
+    q: Float[Tensor, "b H W d"],
+    k: Float[Tensor, "b H W d"],
+    v: Float[Tensor, "b H W d"],
+    k_before: Float[Tensor, "b 1 P d"],
+    v_before: Float[Tensor, "b 1 P d"],
+) -> Float[Tensor, "b H W d"]:
+    """Attention of the grid's positions over a key set, with a bias, and over P ≥ 0 keys that all see, without.
+
+    The kernel is that of `flash.kernel_for`. Cost: that of a flash call and half a call more in the backward.
+    """
+    mask, unseen = mask_of(keys, grid, kernel.mask_type(q.dtype), q.device)
+    tensors = q, k, v, k_before, v_before
+    return Biased.apply(kernel, keys, mask, unseen, grid, scale, bias[2], bias[0].detach(), bias[1], *tensors)[0]
 
 
 class Biased(torch.autograd.Function):
-    """A few images at a time where a mask is added to the bias, which is larger than both."""
+    """`Merged` of a key set and of the keys that all see; bias and mask become one for a few images at a time."""
 
     @staticmethod
-    def forward(kernel, scale, steeper, mask, added, q, k, v, z):
-        out, total = Biased.called(kernel, scale, added, mask, q, k, v)
-        return out.to(v.dtype), total
-
-    @staticmethod
-    def called(kernel, scale, added, mask, *tensors):
-        """Output and log-sum-exp."""
-        parts = [
-            kernel.forward(*some, both, False, scale) for both, *some in Biased.pieces(kernel, added, mask, *tensors)
-        ]
-        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
-
-    @staticmethod
-    def pieces(kernel, added, mask, *tensors):
-        """Bias and mask in one, with the tensors, along b."""
-        dtype = kernel.mask_type(tensors[0].dtype)
-        if mask is None:
-            yield added.to(dtype), *tensors
-            return
-        b, least = len(tensors[0]), torch.finfo(dtype).min / 2
-        size = max(1, AT_ONCE // torch.broadcast_shapes(added[:1].shape, mask[:1].shape).numel())
-        of_b = [t.expand(b, -1, -1, -1) for t in (added, mask)]
-        for added, mask, *some in zip(*(t.split(size) for t in (*of_b, *tensors))):
-            yield (added + mask).clamp(min=least).to(dtype), *some
+    def forward(kernel, keys, mask, hidden, grid, scale, steeper, added, z, *tensors):
+        outs = []
+        for *some, bias in pieces([keys], *tensors, _of_all(added, tensors[0])):
+            masks = [_together(bias, mask, kernel, some[0]), None]
+            outs.append(Merged.some(kernel, [keys, Before()], [0, 1], masks, [hidden, None], grid, scale, *some))
+        return outs[0] if len(outs) == 1 else tuple(map(torch.cat, zip(*outs)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.kernel, ctx.scale, ctx.steeper, *tensors = inputs
+        ctx.kernel, ctx.keys, mask, hidden, ctx.grid, ctx.scale, ctx.steeper, *tensors = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(mask, hidden, *tensors, *output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope, _):
-        mask, added, q, k, v, z, out, total = ctx.saved_tensors
-        parts = [
-            ctx.kernel.backward(*some, total, both, False, ctx.scale)
-            for both, *some, total in Biased.pieces(ctx.kernel, added, mask, slope.contiguous(), q, k, v, out, total)
-        ]
-        slopes = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
-        of_z = None
-        if ctx.needs_input_grad[-1]:
-            risen, more = Biased.called(ctx.kernel, ctx.scale, ctx.steeper(), mask, q, k, v)
-            of_z = (more - total).exp() * (slope * (risen - out)).sum(dim=-1, dtype=total.dtype)
-            of_z = of_z.sum_to_size(z.shape).to(z.dtype)
-        return *(None,) * 5, *(s.to(q.dtype) for s in slopes), of_z
+        mask, hidden, added, z, *tensors, out, total = ctx.saved_tensors  # once: see `Merged`
+        kernel, keys, scale, q, count = ctx.kernel, ctx.keys, ctx.scale, tensors[0], len(tensors)
+        both = kernel, [keys, Before()], [0, 1]
+        slopes = [torch.zeros(t.shape, dtype=at_least_float32(out), device=t.device) for t in tensors]
+        of_z, learns = torch.zeros_like(total), ctx.needs_input_grad[8]
+        biases = [_of_all(t, q) for t in (added, ctx.steeper() if learns else added)]
+        of_all = slope.contiguous(), out, total, of_z, *slopes, *tensors, *biases
+        for slope, out, total, part, *some, bias, steeper in pieces([keys], *of_all):
+            masks, tensors = [_together(bias, mask, kernel, slope), None], some[count:]
+            Merged.add_slopes(*both, masks, [hidden, None], scale, some[:count], tensors, slope, out, total)
+            if learns:
+                masks = [_together(steeper, mask, kernel, slope)]
+                risen, more = Merged.some(kernel, [keys], [0], masks, [hidden], ctx.grid, scale, *tensors[:3])
+                part += (more - total).exp() * (slope * (risen - out)).sum(dim=-1, keepdim=True)
+        of_z = of_z[..., 0].sum_to_size(z.shape).to(z.dtype) if learns else None
+        return *(None,) * 8, of_z, *(slope.to(q.dtype) for slope in slopes)
+
+
+def _of_all(bias, q):
+    return bias.expand(len(q), -1, -1, -1)
+
+
+def _together(bias, mask, kernel, q):
+    """What is added to the scores."""
+    dtype = kernel.mask_type(q.dtype)
+    return (bias if mask is None else (bias + mask).clamp(min=torch.finfo(dtype).min / 2)).to(dtype)

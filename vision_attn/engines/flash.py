@@ -277,7 +277,7 @@ def merged(
     return out
 
 
-def _pieces(sets: list[KeySet], *tensors: Float[Tensor, "b ..."]) -> zip:
+def pieces(sets: list[KeySet], *tensors: Float[Tensor, "b ..."]) -> zip:
     """The tensors along b: at once but where keys are copied many times, so that copies fit a CPU's cache."""
     few = tensors[0].device.type == "cpu" and any(keys.overlap for keys in sets)
     size = max(1, AT_ONCE // tensors[0][0].numel()) if few else len(tensors[0])
@@ -292,7 +292,7 @@ class Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(kernel, sets, pairs, masks, hidden, grid, scale, *tensors):
-        outs = [Merged.some(kernel, sets, pairs, masks, hidden, grid, scale, *some) for some in _pieces(sets, *tensors)]
+        outs = [Merged.some(kernel, sets, pairs, masks, hidden, grid, scale, *some) for some in pieces(sets, *tensors)]
         return outs[0] if len(outs) == 1 else tuple(map(torch.cat, zip(*outs)))
 
     @staticmethod
@@ -329,20 +329,21 @@ class Merged(torch.autograd.Function):
         masks, hidden, (*tensors, out, total) = saved[:n], saved[n : 2 * n], saved[2 * n :]
         wide, count = at_least_float32(out), len(tensors)
         slopes = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in tensors]
-        for some in _pieces(ctx.sets, *slopes, *tensors, _dense_rows(slope), out, total):
-            Merged.add_slopes(ctx, masks, hidden, some[:count], some[count : 2 * count], *some[2 * count :])
+        call = ctx.kernel, ctx.sets, ctx.pairs, masks, hidden, ctx.scale
+        for some in pieces(ctx.sets, *slopes, *tensors, _dense_rows(slope), out, total):
+            Merged.add_slopes(*call, some[:count], some[count : 2 * count], *some[2 * count :])
         return *(None,) * 7, *(slope.to(out.dtype) for slope in slopes)
 
     @staticmethod
-    def add_slopes(ctx, masks, hidden, slopes, tensors, slope, out, total):
+    def add_slopes(kernel, sets, pairs, masks, hidden, scale, slopes, tensors, slope, out, total):
         """Adds the gradients of some of the b to ``slopes``."""
-        for keys, pair, mask, unseen in zip(ctx.sets, ctx.pairs, masks, hidden):
+        for keys, pair, mask, unseen in zip(sets, pairs, masks, hidden):
             known = slice(1 + 2 * pair, 3 + 2 * pair)
             q, k, v = _folded(keys, tensors[0], *tensors[known])
             if q.numel() and k.numel():
                 slope_here, out_here, lse = (_dense_rows(keys.queries(t)) for t in (slope, out, total))
                 lse = _filled(lse[..., 0], unseen, torch.inf)  # exp(score - inf): no weight
-                parts = ctx.kernel.backward(slope_here, q, k, v, out_here, lse, mask, keys.causal, ctx.scale)
+                parts = kernel.backward(slope_here, q, k, v, out_here, lse, mask, keys.causal, scale)
                 keys.add_queries(slopes[0], parts[0])
                 for whole, part in zip(slopes[known], parts[1:]):
                     keys.add_keys(whole, part)

@@ -96,24 +96,6 @@ def flash(
     return _by_launches(q, k, v, **options)[..., :width]
 
 
-def flash_by(
-    bias: Bias,
-    q: Float[Tensor, "B heads queries dk"],
-    k: Float[Tensor, "B heads keys dk"],
-    v: Float[Tensor, "B heads keys dv"],
-    mask: Float[Tensor, "#B #heads #queries keys"] | None = None,
-    *,
-    scale: float,
-    dropout_p: float = 0.0,
-) -> Float[Tensor, "B heads queries dv"]:
-    """`flash` with a bias that learns, and a mask besides; it keeps no weights for the backward where a kernel can."""
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    if dropout_p == 0 and (kernel := kernel_for(q, k, v)):
-        return biased(kernel, q, k, v, bias, mask, scale)
-    mask = (bias.added if mask is None else bias.added + mask).to(v.dtype)
-    return flash(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
-
-
 def _by_launches(q, k, v, attn_mask=None, **options):
     """Torch's attention, of no more images and groups in a call than its kernels take on CUDA."""
     if is_traced() or max(q.shape[:2]) <= BLOCKS:
@@ -160,7 +142,13 @@ def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias, others):
     sets = [(keys.ready(grid, q.device), *known) for keys, *known in sets]
     key_sets = [keys for keys, *_ in sets]
     flat = asked() == "flat" or (asked() == "auto" and len(sets) > 1 and flat_is_faster(key_sets, grid, q.device))
-    kernel = kernel_for(q, k, v) if dropout == 0 and bias is None and not flat else None
+    kernel = kernel_for(q, k, v) if dropout == 0 and not isinstance(bias, Tensor) and not flat else None
+    if isinstance(bias, Bias):
+        if kernel:
+            note("union")
+            out = biased(kernel, *key_sets, bias, grid, scale, q, k, v, *before)
+            return rearrange(out, "(B n) H W d -> B n (H W) d", n=heads)
+        bias = bias.added.to(v.dtype)
     anew = kernel and key_sets[0].overlap and q.device.type == "cpu"
     if len(sets) == 1 and not anew:
         out = _one_set(q, k, v, before, grid, *key_sets, scale, dropout, bias)
@@ -180,15 +168,12 @@ def _one_set(q, k, v, before, grid, keys: KeySet, scale, dropout, bias):
     mask, unseen = kept(_mask_of_set, keys, grid, prefix, q.dtype, device=q.device)
     if prefix:
         k, v = (torch.cat([p.expand(-1, t.shape[1], -1, -1), t], dim=2) for p, t in zip(before, (k, v)))
-        if bias is not None:
-            bias = bias.with_prefix(prefix) if isinstance(bias, Bias) else F.pad(bias, (prefix, 0))
-    if isinstance(bias, Bias):
-        out = flash_by(bias, q, k, v, mask, dropout_p=dropout, scale=scale)
-    else:
-        if bias is not None:
-            mask = bias if mask is None else bias + mask
-        mask = mask if mask is None else mask.expand(-1, -1, q.shape[2], -1)
-        out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=keys.causal and not prefix, scale=scale)
+        bias = None if bias is None else F.pad(bias, (prefix, 0))
+    if bias is not None:
+        mask = bias if mask is None else bias + mask
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    out = flash(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=keys.causal and not prefix, scale=scale)
     return keys.place(_of_seen(out, keys, unseen), grid)
 
 
