@@ -44,7 +44,10 @@ class Grid(NamedTuple):
 
     def split(self, x: Shaped[Tensor, "B heads tokens d"]) -> tuple[Tensor, Tensor]:
         """The prefix tokens (B, heads, P, d) and the positions (B, heads, H·W, d) of a sequence."""
-        return x.split([self.prefix_of(x.shape[2]), self.size], dim=2)
+        prefix = self.prefix_of(x.shape[2])
+        if prefix == 0:  # no parts: autograd would put their gradients together again, which is a copy
+            return x.detach().narrow(2, 0, 0), x
+        return x.split([prefix, self.size], dim=2)
 
     def maps(self, x: Shaped[Tensor, "B heads positions d"]) -> Shaped[Tensor, "B_heads H W d"]:
         """The positions as maps, those of all images and heads in a row."""

@@ -314,6 +314,17 @@ class Gathered(KeySet):
         return self.kept_tables(grid, torch.device(device))[1]
 
 
+def taken(keys: Gathered, grid: Grid, across: bool, device) -> tuple[Int[Tensor, "entries"], Int[Tensor, "N"]]:
+    """Which of the entries (groups, keys) are of each position, and where those of each begin; ``across``: (keys,
+    groups). Without what no query sees.
+    """
+    at, seen = keys.kept_tables(grid, torch.device(device))
+    numbers, seen = torch.arange(at.numel(), device=device), seen.any(dim=1)
+    numbers = numbers.view(at.T.shape).T if across else numbers.view(at.shape)
+    positions, order = at[seen].sort(stable=True)
+    return numbers[seen][order], torch.searchsorted(positions, torch.arange(grid.size, device=device))
+
+
 @dataclass(frozen=True)
 class Neighbours(Gathered):
     """Every position with the window around it: ``radius`` = (down, right) steps of ``dilation`` = (down, right).
@@ -401,8 +412,15 @@ class Neighbours(Gathered):
         whole += self.place(part, Grid(*whole.shape[1:3]))
 
     def add_keys(self, whole, part):
-        at, _ = self.kept_tables(Grid(*whole.shape[1:3]), whole.device)
-        whole.flatten(1, 2).index_add_(1, at.flatten(), part.flatten(1, 2).to(whole.dtype))
+        grid, whole, part = Grid(*whole.shape[1:3]), whole.flatten(1, 2), part.to(whole.dtype)
+        if whole.device.type != "cpu":
+            at, _ = self.kept_tables(grid, whole.device)
+            whole.index_add_(1, at.flatten(), part.flatten(1, 2))
+            return
+        across = part.transpose(1, 2).is_contiguous()  # as gradients of torch's kernel on a CPU lie
+        entries, starts = kept(taken, self, grid, across, device=whole.device)
+        for one, some in zip(whole, (part.transpose(1, 2) if across else part).flatten(1, 2)):
+            one += F.embedding_bag(entries, some, starts, mode="sum")  # two thirds of the time of index_add_
 
     def kept(self, grid):
         return min(grid.height, self.radius[0] * self.dilation[0] + 1), 0, grid.width

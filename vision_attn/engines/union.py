@@ -67,7 +67,7 @@ def attend(
         return flex.attend(q, k, v, grid, pattern, scale=scale)
     else:
         shares = pattern.shares(q.shape[1])
-        heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v)))
+        heads_of = zip(*(t.split(shares, dim=1) for t in (q, k, v))) if len(shares) > 1 else [(q, k, v)]
         outs = [
             _on_grid(*some, grid, part.key_sets(), scale, dropout, bias, others)
             for part, share, some in zip(pattern.by_head(), shares, heads_of)
