@@ -15,7 +15,7 @@ from ..grid import Grid
 from ..key_set import KeySet
 from ..precision import at_least_float32, outside_autocast
 from .flash import Before, Merged, hiding, kernel_for
-from .selection import rows
+from .selection import members, rows
 from .union import flash
 
 LANES = 16  # of a chunk, or a multiple: a product of matrices rounds by how they lie to multiples of 64 bytes
@@ -70,7 +70,7 @@ class Chunks(KeySet):
 
     def back(self, y: Shaped[Tensor, "b chunks lanes d"]) -> Shaped[Tensor, "b N d"]:
         """The inverse of `fold`."""
-        return rows(y.flatten(1, 2), self.slot)
+        return members(y, self.chunk, self.lane)
 
     def seen(self, past: bool, itself: Bool[Tensor, "b N"]) -> Bool[Tensor, "b chunks lanes near"]:
         """Which tokens of its chunk and the one before a token sees; ``past``: of those before it.
@@ -100,11 +100,9 @@ class Chunks(KeySet):
         whole += self.place(part, Grid(*whole.shape[1:3]))
 
     def add_keys(self, whole, part):
-        chunks, width = part.shape[1:3]
-        following = (self.chunk + 1) % chunks  # the first chunk, which is behind the last, has seen none before it
-        own, later = self.chunk * width + self.lanes + self.lane, following * width + self.lane
-        slots = part.flatten(1, 2)
-        whole += (rows(slots, own) + rows(slots, later)).unflatten(1, whole.shape[1:3])
+        following = (self.chunk + 1) % part.shape[1]  # the first, which is behind the last, has seen none before it
+        own, later = members(part, self.chunk, self.lanes + self.lane), members(part, following, self.lane)
+        whole += (own + later).unflatten(1, whole.shape[1:3])
 
 
 def attend(

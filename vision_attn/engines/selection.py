@@ -18,6 +18,16 @@ def rows(x: Shaped[Tensor, "*b N d"], index: Int[Tensor, "..."]) -> Shaped[Tenso
     return x.reshape(-1, d).index_select(0, flat(index.flatten(x.ndim - 2), x.shape[-2])).reshape(*index.shape, d)
 
 
+def members(
+    y: Shaped[Tensor, "b groups size d"], group: Int[Tensor, "b N"], place: Int[Tensor, "b N"]
+) -> Shaped[Tensor, "b N d"]:
+    """y[…, group, place, :]."""
+    # what torch's kernel on a CPU returns has groups behind places: so it is not copied
+    if not is_traced() and y.transpose(1, 2).is_contiguous():
+        y, group, place = y.transpose(1, 2), place, group
+    return rows(y.flatten(1, 2), group * y.shape[2] + place)
+
+
 def sums_of_rows(
     x: Float[Tensor, "M d"], index: Int[Tensor, "N some"], weights: Float[Tensor, "N some"]
 ) -> Float[Tensor, "N d"]:
