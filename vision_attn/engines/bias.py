@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..grid import Grid
+from ..kept import kept
 from ..key_set import KeySet
 from ..precision import at_least_float32
 from .flash import Before, Cpu, Cuda, Merged, mask_of, pieces
@@ -49,9 +50,9 @@ def biased(
 
     The kernel is that of `flash.kernel_for`. Cost: that of a flash call and half a call more in the backward.
     """
-    mask, unseen = mask_of(keys, grid, kernel.mask_type(q.dtype), q.device)
-    tensors = q, k, v, k_before, v_before
-    return Biased.apply(kernel, keys, mask, unseen, grid, scale, bias[2], bias[0].detach(), bias[1], *tensors)[0]
+    mask, unseen = kept(mask_of, keys, grid, kernel.mask_type(q.dtype), device=q.device)
+    learned, tensors = (bias.steeper, bias.added.detach(), bias.parameter), (q, k, v, k_before, v_before)
+    return Biased.apply(kernel, keys, mask, unseen, grid, scale, *learned, *tensors)[0]
 
 
 class Biased(torch.autograd.Function):
