@@ -51,7 +51,7 @@ def test_classes_channels_and_gradients(stock, args, size, block):
     assert all(gain.grad.any() for gain in gains)
 
 
-@in_turn({"block": list_blocks(), "stock": ["resnet50", "resnet101", *VITS[:3]]})
+@in_turn({"block": list_blocks(), "stock": ["resnet50", pytest.param("resnet101", marks=pytest.mark.slow), *VITS[:3]]})
 def test_large_models_are_made_without_memory(stock, block):
     model = made(stock, block, device="meta")
     assert model(torch.randn(2, 3, 224, 224, device="meta")).shape == (2, 7)
