@@ -88,7 +88,6 @@ def list_blocks(pattern: str = "*") -> list[str]:
     return found
 
 
-@cache
 def _zoo() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(blocks.__path__)]
 
