@@ -77,12 +77,12 @@ def first_options_of(block):
 
 
 def hosts_of_blocks():
-    """Every block in a small network, alone where its graph is long; in a ViT, which takes longer, one."""
+    """Every block in a small network, alone where its graph is long; in a ViT and a ResNet none."""
     for name in list_blocks():
         for host, make, args, quick in (
             ("of_ones_own", of_ones_own, {}, name not in (*SHORT, *ONCE)),
             ("once", of_ones_own, {}, name in ONCE),
-            ("vit", vit, FREE, name == "criss_cross"),
+            ("vit", vit, FREE, False),
             ("resnet", resnet, {}, False),
         ):
             options = ONCE.get(name) if host == "once" else first_options_of(name)
