@@ -4,6 +4,7 @@ What takes long runs with the first options of a block (`first_options`), and wh
 combination of them for each block, in turn (`in_turn`); all else of it is marked slow, for `make test-all`.
 """
 
+import gc
 import itertools
 import logging
 import os
@@ -28,6 +29,7 @@ from vision_attn.zoo import block_class
 # pytest-xdist runs a process on every core: threads in each would only wait for one another
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 20)  # a million objects live as long as the run: to go through them costs seconds
 
 # Options that make a block more itself, at sizes that fit the suite. A block that is not here: with its defaults.
 OPTIONS = {
@@ -273,7 +275,8 @@ def by_key_sets(request):
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_run():
-    torch.manual_seed(0)
+    # without CUDA torch.manual_seed writes down, for when it is there, where it was called from
+    torch.manual_seed(0) if torch.cuda.is_available() else torch.default_generator.manual_seed(0)
     kept._tensors.clear()  # what a test that breaks something has made
 
 

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from conftest import alive
 from pictures import picture
 from PIL import Image
 from safetensors.torch import save_file
@@ -40,7 +41,7 @@ def trained(tmp_path):
     """A checkpoint as train_imagenet.py leaves it, of a model that knows nothing."""
     torch.manual_seed(0)
     args = dict(num_classes=10, in_chans=3, attn_at="layer3.2")
-    model = timm.create_model("cifar_resnet20_cbam", **args)
+    model = alive(timm.create_model("cifar_resnet20_cbam", **args))
     data = dict(mean=[0.5] * 3, std=[0.25] * 3, input_size=[3, 32, 32], interpolation="bicubic", crop_pct=1.0)
     checkpoint.save(
         tmp_path / "best.pt",

@@ -11,11 +11,14 @@ from vision_attn.layout import Residual
 
 RESNETS = ["resnet18", "resnet50", "resnet101", "cifar_resnet20", "cifar_resnet32", "cifar_resnet56"]
 VITS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_tiny_patch4_32"]
+# arguments that make a stock model small, where its width is not the question
+NARROW = dict(channels=(16, 24, 40, 56))  # a ResNet
+THIN = dict(depth=2, embed_dim=96)  # a ViT
 # stock model, its arguments, and the size of an image it takes
 SMALL = [
-    pytest.param("resnet18", {}, (67, 43), id="resnet18"),
+    pytest.param("resnet18", NARROW, (67, 43), id="resnet18"),
     pytest.param("cifar_resnet20", {}, (29, 37), id="cifar_resnet20"),
-    pytest.param("vit_tiny_patch4_32", dict(depth=2, img_size=(28, 44)), (28, 44), id="vit"),
+    pytest.param("vit_tiny_patch4_32", dict(THIN, img_size=(28, 44)), (28, 44), id="vit"),
 ]
 CIFAR_AND_VIT = SMALL[1:]
 

@@ -18,8 +18,8 @@ from vision_attn.layout import Residual
 
 # model, its arguments, the size of an image it takes, and where layers go when nothing is said
 HOSTS = {
-    "resnet18": ({}, (67, 43), ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]),
-    "resnet50": ({}, (67, 43), ["layer1.2", "layer2.3", "layer3.5", "layer4.2"]),
+    "resnet18": (dict(channels=(16, 24, 40, 56)), (67, 43), ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]),
+    "resnet50": (dict(channels=(8, 12, 20, 28)), (67, 43), ["layer1.2", "layer2.3", "layer3.5", "layer4.2"]),
     "cifar_resnet20": ({}, (29, 37), ["layer1.2", "layer2.2", "layer3.2"]),
     "regnety_002": ({}, (67, 43), ["s1.b1", "s2.b1", "s3.b4", "s4.b7"]),
     "convnext_atto": ({}, (67, 43), [f"stages.{i}" for i in range(4)]),
@@ -27,7 +27,7 @@ HOSTS = {
     "mobilenetv3_small_050": ({}, (67, 43), ["blocks.0.0", "blocks.1.1", "blocks.3.1", "blocks.5.0"]),
     "vit_tiny_patch16_224": (dict(depth=2, img_size=(48, 80)), (48, 80), ["blocks.0", "blocks.1"]),
     "deit_tiny_distilled_patch16_224": (dict(depth=2, img_size=(48, 80)), (48, 80), ["blocks.0", "blocks.1"]),
-    "deit3_small_patch16_224": (dict(depth=2, img_size=(48, 80)), (48, 80), ["blocks.0", "blocks.1"]),
+    "deit3_small_patch16_224": (dict(depth=2, img_size=(48, 80), embed_dim=96), (48, 80), ["blocks.0", "blocks.1"]),
     "eva02_tiny_patch14_224": (dict(depth=2, img_size=(42, 70)), (42, 70), ["blocks.0", "blocks.1"]),
     "swin_tiny_patch4_window7_224": (
         dict(img_size=(56, 84), depths=(1, 1, 2, 1), embed_dim=48), (56, 84), [f"layers.{i}" for i in range(4)],
@@ -179,7 +179,7 @@ def test_any_size_where_the_host_takes_any_size(host, block):
     alive(backbones.insert(model, block)).eval()
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     wanted = model(x)
-    assert model(torch.randn(2, 3, 112, 336)).isfinite().all()
+    assert model(torch.randn(2, 3, 112, 224)).isfinite().all()
     assert all(torch.equal(one(x), wanted) for one in copies)
 
 
@@ -346,13 +346,19 @@ def test_feature_backbone_of_a_vit(block):
     assert [torch.equal(a, b) for a, b in zip(features(x), before)] == [True, False]
 
 
+@cache
+def of_torchvision():
+    block = torchvision.models.resnet.BasicBlock
+    return alive(torchvision.models.ResNet(block, [1, 2, 1, 1], num_classes=7)).eval()
+
+
 @every_block
 def test_models_of_torchvision(block):
-    model = alive(torchvision.models.resnet18(num_classes=7)).eval()
+    model = copy.deepcopy(of_torchvision())
     x = torch.randn(2, 3, 67, 43)
     wanted = model(x)
-    backbones.insert(model, block, ["layer2", "layer4"])
-    assert list(layers(model)) == [f"layer2.1.attn_{block}", f"layer4.1.attn_{block}"]
+    backbones.insert(model, block, ["layer1", "layer2"])
+    assert list(layers(model)) == [f"layer1.0.attn_{block}", f"layer2.1.attn_{block}"]
     assert torch.equal(model(x), wanted)
 
 

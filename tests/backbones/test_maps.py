@@ -31,7 +31,7 @@ def resnet(block, **args):
 
 
 def vit(block, **args):
-    return alive(timm.create_model(f"vit_tiny_patch4_32_{block}", num_classes=7, depth=2, **args))
+    return alive(timm.create_model(f"vit_tiny_patch4_32_{block}", num_classes=7, depth=2, embed_dim=96, **args))
 
 
 def images(*size, batch=3):
@@ -129,7 +129,8 @@ def test_map_of_a_gate_is_its_own(block):
 
 @every_block
 def test_models_with_inserted_blocks(block):
-    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=(56, 84), depths=(1, 1), num_heads=(3, 6))
+    args = dict(img_size=(56, 84), depths=(1, 1), embed_dim=48, num_heads=(3, 6))
+    model = timm.create_model("swin_tiny_patch4_window7_224", **args)
     maps = backbones.attention_maps(alive(backbones.insert(model, block)), images(56, 84))
     assert {name: one.shape[1:] for name, one in maps.items()} == {
         f"layers.0.attn_{block}.block": (14, 21),
@@ -139,7 +140,7 @@ def test_models_with_inserted_blocks(block):
 
 @every_block
 def test_some_of_the_blocks(block):
-    model, x = resnet(block, attn_at="layer*.1"), images(29, 37)
+    model, x = resnet(block, attn_at="layer*.1"), images(17, 23)
     everywhere = backbones.attention_maps(model, x)
     assert len(everywhere) == 3
     some = backbones.attention_maps(model, x, at="layer[23].*")

@@ -1,12 +1,10 @@
 """Stock models with a block, by name: whatever works on timm's own models works on these."""
 
-import math
-
 import pytest
 import timm
 import torch
 from conftest import GATES, MIXERS, alive, every_block, every_gate, every_mixer, in_turn
-from named import CIFAR_AND_VIT, RESNETS, VITS, blocks_in, images, made, small_models, smallest_models
+from named import CIFAR_AND_VIT, NARROW, RESNETS, THIN, VITS, blocks_in, images, made, small_models, smallest_models
 from timm.layers import Attention, DropPath, create_feature_extractor
 from torch import nn
 
@@ -53,9 +51,13 @@ def test_classes_channels_and_gradients(stock, args, size, block):
     assert all(gain.grad.any() for gain in gains)
 
 
-@in_turn({"block": list_blocks(), "stock": ["resnet50", "resnet101", *VITS[:3]]})
-def test_large_models_are_made_without_memory(stock, block):
-    model = made(stock, block, device="meta")
+LARGE = [("resnet50", {}), pytest.param("resnet101", {}, marks=pytest.mark.slow)]
+LARGE += [(stock, dict(depth=3)) for stock in VITS[:3]]
+
+
+@in_turn({"block": list_blocks(), "stock, args": LARGE})
+def test_large_models_are_made_without_memory(stock, args, block):
+    model = made(stock, block, args, device="meta")
     assert model(torch.randn(2, 3, 224, 224, device="meta")).shape == (2, 7)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert blocks_in(model)
@@ -107,9 +109,9 @@ def test_gates_sit_in_every_slot_and_mixers_behind_two_stages(block):
     assert places == (everywhere if block in GATES else {"layer2.1", "layer3.1"})
 
 
-@in_turn({"block": list_blocks(), "stock, last": [("resnet50", "bn3"), ("cifar_resnet20", "bn2")]})
-def test_in_the_slot_a_block_follows_the_last_norm_and_precedes_the_sum(stock, last, block):
-    model = alive(made(stock, block, attn_at="layer3.*")).eval()
+@in_turn({"block": list_blocks(), "stock, args, last": [("resnet50", NARROW, "bn3"), ("cifar_resnet20", {}, "bn2")]})
+def test_in_the_slot_a_block_follows_the_last_norm_and_precedes_the_sum(stock, args, last, block):
+    model = alive(made(stock, block, args, attn_at="layer3.*")).eval()
     assert blocks_in(model) == [f"layer3.{i}.se" for i in range(len(model.layer3))]
     part, seen = model.layer3[1], {}
     for name in (last, "se"):
@@ -124,10 +126,10 @@ def test_in_the_slot_a_block_follows_the_last_norm_and_precedes_the_sum(stock, l
 
 @every_block
 def test_behind_a_stage_of_a_resnet(block):
-    model = made("resnet18", block, attn_at="layer3")
+    model = made("resnet18", block, NARROW, attn_at="layer3")
     assert blocks_in(model) == [f"layer3.1.attn_{block}"]
     model = alive(model).eval()
-    x, stage = images((9, 7), channels=128), model.layer3
+    x, stage = images((9, 7), channels=NARROW["channels"][1]), model.layer3
     with_block = stage(x)
     added = stage[1]._modules[f"attn_{block}"]
     with torch.no_grad():
@@ -143,7 +145,7 @@ def test_several_places_in_a_resnet(block):
     model = made("resnet18", block, attn_at=["layer1", "layer[24].1", "layer*"], device="meta")
     stages = {f"layer{i}.1.attn_{block}" for i in (1, 2, 3, 4)}
     assert set(blocks_in(model)) == stages | {"layer2.1.se", "layer4.1.se"}
-    assert made("resnet18", block, attn_at=("layer4.0",))(images((64, 64))).shape == (2, 7)
+    assert made("resnet18", block, NARROW, attn_at=("layer4.0",))(images((67, 43))).shape == (2, 7)
 
 
 @in_turn({"block": list_blocks(), "at": [None, "blocks.[6-9]*", "blocks.1*", ["blocks.0", "blocks.11"]]})
@@ -161,7 +163,7 @@ def test_places_in_a_vit(block, at):
 @in_turn({"block": list_blocks(), "at": ["layer5", "layer3.7", "layer3.0.conv1", "", ["layer3", "stage.*"], []]})
 def test_a_wrong_place_in_a_resnet_lists_the_right_ones(block, at):
     with pytest.raises(ValueError, match="^attn_at=") as refusal:
-        made("resnet18", block, attn_at=at)
+        made("resnet18", block, attn_at=at, device="meta")
     assert "layer3" in str(refusal.value) and "layer4.1" in str(refusal.value)
 
 
@@ -174,25 +176,25 @@ def test_a_wrong_place_in_a_vit_lists_the_right_ones(block, at):
 
 @every_mixer
 def test_options_reach_a_mixer(block):
-    for stock in ("cifar_resnet20", "vit_tiny_patch4_32"):
-        model = made(stock, block, attn_kwargs=dict(num_heads=4, proj_drop=0.25), device="meta")
+    for stock, args in (("cifar_resnet20", {}), ("vit_tiny_patch4_32", THIN)):
+        model = made(stock, block, args, attn_kwargs=dict(num_heads=4, proj_drop=0.25), device="meta")
         heads = [step for m in outermost(model) if isinstance(m, Mixer) for step in m.steps or (m,)]
         assert heads and all(one.num_heads == 4 and one.proj_drop.p == 0.25 for one in heads)
 
 
 @every_block
 def test_options_reach_a_layer(block):
-    for stock in ("cifar_resnet20", "vit_tiny_patch4_32"):
+    for stock, args in (("cifar_resnet20", {}), ("vit_tiny_patch4_32", THIN)):
         if stock.startswith("vit") and block in MIXERS:
             continue  # there a mixer is no layer: it stands for the attention
-        model = made(stock, block, attn_kwargs=dict(init_gain=0.25))
+        model = made(stock, block, args, attn_kwargs=dict(init_gain=0.25))
         assert all(m.gain.item() == 0.25 for m in model.modules() if isinstance(m, Residual))
 
 
-@in_turn({"block": MIXERS, "stock": ["resnet18", "vit_tiny_patch4_32"]})
-def test_bad_options_are_named(block, stock):
+@in_turn({"block": MIXERS, "stock, args": [("resnet18", {}), ("vit_tiny_patch4_32", THIN)]})
+def test_bad_options_are_named(block, stock, args):
     with pytest.raises(ValueError, match="num_heads=5"):
-        made(stock, block, attn_kwargs=dict(num_heads=5))
+        made(stock, block, args, device="meta", attn_kwargs=dict(num_heads=5))
 
 
 @every_mixer
@@ -224,7 +226,7 @@ def grids_seen(model):
 
 @every_block
 def test_one_vit_takes_any_image(block):
-    model = alive(made("vit_tiny_patch4_32", block, depth=2, dynamic_img_size=True)).eval()
+    model = alive(made("vit_tiny_patch4_32", block, THIN, dynamic_img_size=True)).eval()
     seen = grids_seen(model)
     for height, width in [(28, 44), (44, 28), (20, 52), (4, 4)]:
         seen.clear()
@@ -234,7 +236,7 @@ def test_one_vit_takes_any_image(block):
 
 @every_block
 def test_a_size_that_varies_gives_what_a_fixed_size_gives(block):
-    args = dict(depth=2, pos_embed="none", reg_tokens=3)
+    args = dict(THIN, pos_embed="none", reg_tokens=3)
     anything = alive(made("vit_tiny_patch4_32", block, args, dynamic_img_size=True)).eval()
     fixed = made("vit_tiny_patch4_32", block, args, img_size=(20, 52)).eval()
     fixed.load_state_dict(anything.state_dict())
@@ -302,10 +304,10 @@ def test_features_are_those_of_the_model(stock, args, size, block):
 
 @every_block
 def test_torch_fx_follows_a_resnet(block):
-    model, x = alive(made("cifar_resnet20", block, attn_at=["layer1.*", "layer3"])).eval(), images((29, 37))
+    model, x = alive(made("cifar_resnet20", block, attn_at=["layer1.*", "layer3"])).eval(), images((17, 23))
     traced = create_feature_extractor(model, ["layer3", "fc"])
     outs = traced(x)
-    assert torch.equal(outs["fc"], model(x)) and outs["layer3"].shape == (2, 64, 8, 10)
+    assert torch.equal(outs["fc"], model(x)) and outs["layer3"].shape == (2, 64, 5, 6)
     outs["fc"].square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -315,8 +317,8 @@ def test_torch_fx_follows_a_resnet(block):
 
 @every_gate
 def test_layer_in_a_slot_of_timm(block):
-    model = timm.create_model("resnet50", num_classes=7, block_args=dict(attn_layer=layer(block))).eval()
-    named = made("resnet50", block, attn_at="layer*.*").eval()
+    model = timm.create_model("resnet50", num_classes=7, block_args=dict(attn_layer=layer(block)), **NARROW).eval()
+    named = made("resnet50", block, NARROW, attn_at="layer*.*").eval()
     assert blocks_in(model) == blocks_in(named) and len(blocks_in(model)) == 16
     alive(named).load_state_dict(alive(model).state_dict())
     x = images((67, 43))
@@ -330,4 +332,7 @@ def test_blocks_of_a_vit_are_what_they_should_be(block):
     for name in blocks_in(model):
         kind = OnTokens if block in GATES else Mixer
         assert isinstance(model.get_submodule(name), kind)
-    assert math.prod(backbones.attn_vit.vit_tiny_patch4_32().pos_embed.shape) == 65 * 192
+
+
+def test_a_vit_of_small_patches_has_a_position_for_each():
+    assert backbones.attn_vit.vit_tiny_patch4_32(device="meta").pos_embed.shape == (1, 65, 192)

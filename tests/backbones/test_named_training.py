@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import alive, every_block
-from named import images, made, small_models, smallest_models
+from named import THIN, images, made, small_models, smallest_models
 from timm.utils import ModelEmaV3
 
 from vision_attn import list_blocks
@@ -53,7 +53,7 @@ def test_channels_last(stock, args, size, block):
 @smallest_models
 def test_copies_live_on_their_own(stock, args, size, block):
     """A deep copy, an average and a pickle give the same answers, after the original has seen another size."""
-    free = dict(depth=2, dynamic_img_size=True) if stock.startswith("vit") else args
+    free = dict(THIN, dynamic_img_size=True) if stock.startswith("vit") else args
     model, x = alive(made(stock, block, free)).eval(), images(size)
     wanted = model(x)
     file = io.BytesIO()
@@ -73,7 +73,7 @@ def test_copies_live_on_their_own(stock, args, size, block):
 @every_block
 def test_two_sizes_in_turn_and_their_gradients(block):
     """Multi-scale training: each forward and backward has the grid of its own images."""
-    model = alive(made("vit_tiny_patch4_32", block, depth=2, dynamic_img_size=True)).eval()
+    model = alive(made("vit_tiny_patch4_32", block, THIN, dynamic_img_size=True)).eval()
     model.set_grad_checkpointing()
     small, large = images((12, 20)), images((28, 20))
     gradients = []

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from conftest import GATES, MIXERS, alive, every_mixer, in_turn
-from named import blocks_in, images, made, smallest_models
+from named import NARROW, THIN, blocks_in, images, made, smallest_models
 from safetensors.torch import save_file
 from timm.models import load_checkpoint, save_for_hf
 
@@ -31,9 +31,9 @@ def loaded(name, path, **args):
 
 
 WITH_WEIGHTS = [
-    ("resnet18", {}, (67, 43)),
+    ("resnet18", NARROW, (67, 43)),
     ("cifar_resnet20", {}, (29, 37)),
-    ("vit_tiny_patch4_32", dict(depth=2), (32, 32)),
+    ("vit_tiny_patch4_32", THIN, (32, 32)),
 ]
 
 
@@ -78,7 +78,7 @@ KEYS = [
 
 @in_turn({"block": list_blocks(), "stock, key": KEYS})
 def test_a_stock_file_that_lacks_a_weight_is_refused(tmp_path, stock, key, block):
-    args = dict(depth=2) if stock.startswith("vit") else {}
+    args = THIN if stock.startswith("vit") else {}
     model = timm.create_model(f"{stock}_{block}", **args)
     if key not in of_one_shape(model.state_dict(), timm.create_model(stock, **args).state_dict()):
         return  # a block of several steps, or of fewer queries, has no use for it
@@ -87,7 +87,7 @@ def test_a_stock_file_that_lacks_a_weight_is_refused(tmp_path, stock, key, block
         loaded(f"{stock}_{block}", path, **args)
 
 
-@in_turn({"block": list_blocks(), "stock, args": [("cifar_resnet20", {}), ("vit_tiny_patch4_32", dict(depth=2))]})
+@in_turn({"block": list_blocks(), "stock, args": [("cifar_resnet20", {}), ("vit_tiny_patch4_32", THIN)]})
 def test_a_stock_file_with_something_else_is_refused(tmp_path, stock, args, block):
     _, path = stock_file(tmp_path, stock, args, surplus=torch.zeros(1))
     with pytest.raises(RuntimeError, match="surplus"):
@@ -96,8 +96,8 @@ def test_a_stock_file_with_something_else_is_refused(tmp_path, stock, args, bloc
 
 @every_mixer
 def test_queries_of_another_width_are_new_and_the_rest_is_loaded(tmp_path, block):
-    plain, path = stock_file(tmp_path, "vit_tiny_patch4_32", dict(depth=2))
-    model = loaded(f"vit_tiny_patch4_32_{block}", path, depth=2, attn_kwargs=dict(key_dim=96))
+    plain, path = stock_file(tmp_path, "vit_tiny_patch4_32", THIN)
+    model = loaded(f"vit_tiny_patch4_32_{block}", path, **THIN, attn_kwargs=dict(key_dim=48))
     theirs, ours = plain.state_dict(), model.state_dict()
     same = [key for key in of_one_shape(ours, theirs) if ".attn." not in key or ".attn.proj." in key]
     assert all(torch.equal(ours[key], theirs[key]) for key in same)

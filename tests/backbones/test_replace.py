@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import cache
 
 import pytest
 import timm
@@ -256,14 +257,22 @@ def test_a_second_block_takes_the_place_of_part_of_the_rest():
 SQUEEZED = [("efficientnet_b0", 16), ("regnety_002", 13), ("mobilenetv3_small_050", 9), ("seresnet18", 8)]
 
 
-@in_turn({"block": list_blocks(), "host, count": SQUEEZED})
-def test_squeeze_and_excite_gives_way_to_any_block(host, count, block):
-    model = timm.create_model(host, num_classes=7).eval()
+@cache
+def squeezed(host):
+    """A model, where it squeezes, an image, and what the model makes of it without."""
+    model, x = timm.create_model(host, num_classes=7).eval(), torch.randn(2, 3, 67, 43)
     places = [n for n, m in model.named_modules() if n.split(".")[-1] == "se" and not isinstance(m, nn.Identity)]
-    assert len(places) == count
-    old, bare = model.state_dict(), copy.deepcopy(model)
+    bare = copy.deepcopy(model)
     for name in places:
         bare.set_submodule(name, nn.Identity())
+    return model, places, x, bare(x)
+
+
+@in_turn({"block": list_blocks(), "host, count": SQUEEZED})
+def test_squeeze_and_excite_gives_way_to_any_block(host, count, block):
+    model, places, x, bare = squeezed(host)
+    assert len(places) == count
+    model, old = copy.deepcopy(model), model.state_dict()
     report = backbones.replace(model, block)
     new = model.state_dict()
     assert all(type(model.get_submodule(name)) is OnMap for name in places)
@@ -271,16 +280,15 @@ def test_squeeze_and_excite_gives_way_to_any_block(host, count, block):
     assert report.copied == ()
     assert report.unused == tuple(key for key in old if key.startswith(inside))
     assert report.new == tuple(key for key in new if key.startswith(inside))
-    x = torch.randn(2, 3, 67, 43)
-    assert torch.equal(model(x), bare(x))  # the new layers are the identity until trained
+    assert torch.equal(model(x), bare)  # the new layers are the identity until trained
 
 
 @every_block
 def test_part_of_the_squeeze_and_excite_layers(block):
-    model = timm.create_model("efficientnet_b0", num_classes=7)
-    report = backbones.replace(model, block, ["blocks.[12].*.se", "blocks.6"], init_gain=1.0)
+    model = copy.deepcopy(squeezed("mobilenetv3_small_050")[0])
+    report = backbones.replace(model, block, ["blocks.[02].*.se", "blocks.4"], init_gain=1.0)
     places = [name for name, m in model.named_modules() if isinstance(m, OnMap)]
-    assert places == [f"blocks.{i}.{j}.se" for i, j in ((1, 0), (1, 1), (2, 0), (2, 1), (6, 0))]
+    assert places == [f"blocks.{i}.{j}.se" for i, j in ((0, 0), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2))]
     assert all(model.get_submodule(name).gain == 1 for name in places)
     assert {key.split(".block.")[0].removesuffix(".gain") for key in report.new} == set(places)
 

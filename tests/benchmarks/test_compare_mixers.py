@@ -19,9 +19,16 @@ compare_mixers = load("benchmarks/compare_mixers")
 SMALL = dict(mixers=["window", "dense"], data=["digits"], epochs=1, seeds=1, depth=1, repeats=1)
 
 
+def in_this_process(words):
+    """`subprocess.run` of the training script, without the seconds that a start takes."""
+    assert words[:2] == [sys.executable, compare_mixers.ROOT / "train_imagenet.py"]
+    return subprocess.CompletedProcess(words, load("train_imagenet").main(words[2:]))
+
+
 def test_two_mixers_are_compared_once(tmp_path, monkeypatch):
     target, runs = tmp_path / "out" / "mixers.csv", tmp_path / "runs"
     options = {"window": {"kernel_size": 3}}
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     compare_mixers.compare(**SMALL, options=options, runs=str(runs), path=str(target))
     lines = target.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# python ")
@@ -64,12 +71,6 @@ def test_two_mixers_are_compared_once(tmp_path, monkeypatch):
 def test_bad_arguments_are_named(wrong, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         compare_mixers.compare(**wrong)
-
-
-def in_this_process(words):
-    """`subprocess.run` of the training script, without the seconds that a start takes."""
-    assert words[:2] == [sys.executable, compare_mixers.ROOT / "train_imagenet.py"]
-    return subprocess.CompletedProcess(words, load("train_imagenet").main(words[2:]))
 
 
 def test_gates_stand_beside_a_resnet_without_on_one_s_own_folder(tmp_path, monkeypatch):

@@ -19,11 +19,11 @@ def test_exported_models_are_timed_and_failures_said(tmp_path, monkeypatch):
     options = dict(models=["cifar_resnet20"], image_size=32, rounds=1)
     exported_models.benchmark(**options, blocks=[], path=str(path))
     stopped = path.read_text(encoding="utf-8").splitlines()
-    exported_models.benchmark(**options, blocks=["cbam"], resume=str(path))
+    exported_models.benchmark(**options, blocks=["efficient"], resume=str(path))
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# python ") and lines[1:3] == stopped[1:]
     rows = list(csv.DictReader(lines[1:]))
-    assert [row["model"] for row in rows] == ["cifar_resnet20", "cifar_resnet20_cbam"]
+    assert [row["model"] for row in rows] == ["cifar_resnet20", "cifar_resnet20_efficient"]
     assert rows[0]["parameters"] == "269722" < rows[1]["parameters"]
     for row in rows:
         assert row["compiled ms"] == "failed: RuntimeError: no compiler" and row["eager / compiled"] == "not run"

@@ -181,6 +181,7 @@ distributed.stop()
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_job_with_its_traceback(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(FAULTY)
@@ -218,10 +219,15 @@ def test_a_process_that_is_killed_ends_the_job(tmp_path):
     assert code != 0 and "SIGKILL" in err
 
 
-def test_wrong_shares_are_refused(tmp_path, capsys):
+@pytest.mark.slow
+def test_wrong_shares_are_refused(tmp_path):
     argv = [*SHARED, *options(output=tmp_path / "run", batch_size=95)]
     code, _, err = finish(start("train_imagenet", argv, processes=2))
     assert code == 1 and "error: batch_size must be a multiple of 2 (2 processes × 1 passes), got 95" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_norms_of_several_processes_are_refused_on_a_cpu(tmp_path, capsys):
     argv = [*SHARED, *options(output=tmp_path / "run", device="cpu"), "--sync-bn"]
     assert load("train_imagenet").main(argv) == 2
     assert "error: sync_bn must be false on cpu" in capsys.readouterr().err

@@ -202,7 +202,8 @@ def first_line(process):
     return process.stdout.readline()
 
 
-@pytest.mark.parametrize("everyone", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["group", "process"])
+@pytest.mark.slow  # in two processes: test_distributed
+@pytest.mark.parametrize("everyone", [True, False], ids=["group", "process"])
 def test_sigterm_saves_within_a_step_and_exits_with_0(everyone, tmp_path):
     process = start("train_imagenet", [*LONG, "--output", str(tmp_path), "--save-every", "999"])
     assert "cifar_resnet20: " in first_line(process)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from scripts import REFUSED, finish, load, log_of, names, refused, start
+from scripts import REFUSED, load, log_of, names, refused
 from torch import nn
 
 from backbones.pixel import PixelTransformer
@@ -81,12 +81,12 @@ def test_pictures_hold_the_values(tmp_path):
 # runs
 
 
-def test_digits_in_a_process_of_its_own(tmp_path):
+def test_digits(tmp_path, capsys):
     output, config = tmp_path / "run", tmp_path / "c.yaml"
     config.write_text("epochs: 5\noptim:\n  ema: 0.9\npictures: {every: 2, count: 3}\n")
     argv = ["--config", str(config), *FAST, "--epochs", "3", "--output", str(output)]
-    code, out, err = finish(start("train_pixels", argv, cwd=tmp_path))
-    assert code == 0, err
+    assert script.main(argv) == 0
+    out, err = capsys.readouterr()
     lines = out.splitlines()
     assert "input 1×8×8, 17 levels; digits: 1344 images an epoch, 360 to evaluate" in lines[0]
     assert lines[1].startswith("epoch 1/3 ") and lines[3].startswith("epoch 3/3 ") and len(lines) == 5

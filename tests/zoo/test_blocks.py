@@ -7,17 +7,21 @@ from conftest import OFTEN, Largest, block_of, cases, in_turn, is_slow, short_na
 from vision_attn import Grid, create_block, create_layer, describe, list_blocks
 from vision_attn.testing import PROPERTIES
 from vision_attn.testing.case import HEADS, VALUE
-from vision_attn.testing.exact import fast_path_is_the_definition
+from vision_attn.testing.exact import fast_path_is_the_definition, routes_give_the_same
+from vision_attn.testing.hard_input import gradients_in_float16_are_finite_where_they_fit
 from vision_attn.zoo import block_class
 
 # The properties
+
+# Of many runs each: with a block's further options these are left to `make test-all`.
+FIRST_OPTIONS = (routes_give_the_same, gradients_in_float16_are_finite_where_they_fit)
 
 
 def all_that_applies():
     """Every property with every case, those that are slow included.
 
-    Quick is every property with each block's first options, and with its other options every third, in turn; the
-    definition with all of them. Those that take long are tried with one of a few blocks each.
+    Quick is every property with each block's first options, and with its other options every third, in turn, but for
+    `FIRST_OPTIONS`; the definition with all of them. Those that take long are tried with one of a few blocks each.
     """
     long = [each for each in reversed(PROPERTIES) if each.slow]
     for number, each in enumerate(PROPERTIES):
@@ -29,7 +33,8 @@ def all_that_applies():
                 if each.slow:
                     quick = first and (each, block) in zip(long, OFTEN)
                 else:
-                    quick = first or each.check is fast_path_is_the_definition or (place + number) % 3 == 0
+                    turn = (place + number) % 3 == 0 and each.check not in FIRST_OPTIONS
+                    quick = first or turn or each.check is fast_path_is_the_definition
                 marks = [] if quick else [pytest.mark.slow]
                 yield pytest.param(each, case, id=f"{each.name}-{short_name(case)}", marks=marks)
 

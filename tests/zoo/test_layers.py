@@ -153,11 +153,12 @@ def test_only_blocks_are_made_layers():
 
 def test_gain_survives_the_initialisation_of_a_resnet(block_name):
     """ResNet draws all convolutions anew and touches norms; the model must still be the stock model."""
+    narrow = dict(num_classes=7, channels=(16, 24, 40, 56))
     args = dict(block_args=dict(attn_layer=layer(block_name)), zero_init_last=False)  # True: all layers see zeros
-    model = timm.create_model("resnet18", num_classes=7, **args).eval()
+    model = timm.create_model("resnet18", **narrow, **args).eval()
     layers = [module for module in model.modules() if isinstance(module, OnMap)]
     assert len(layers) == 8 and all(torch.equal(one.gain, torch.zeros(1)) for one in layers)
-    stock = timm.create_model("resnet18", num_classes=7).eval()
+    stock = timm.create_model("resnet18", **narrow).eval()
     stock.load_state_dict({key: value for key, value in model.state_dict().items() if key in stock.state_dict()})
     image = torch.randn(BATCH, 3, 67, 97)
     out = model(image)

@@ -117,8 +117,8 @@ KINDS = {
     "average": lambda case: all_steps(case, lambda step: step.averages),
     "causal": lambda case: case.is_mixer and case.new(device="meta").causal,
     "softmax": lambda case: all_steps(case, is_softmax_of_products),
-    "routed": lambda case: case.is_mixer and any(hasattr(step, "pattern") for step in case.new().steps),
-    "pattern": lambda case: case.is_mixer and any(isinstance(step, PatternMixer) for step in case.new().steps),
+    "routed": lambda case: case.is_mixer and any(hasattr(s, "pattern") for s in case.new(device="meta").steps),
+    "pattern": lambda case: case.is_mixer and any(isinstance(s, PatternMixer) for s in case.new(device="meta").steps),
 }
 
 
