@@ -1,6 +1,7 @@
 """ONNX export, checked: the file is run at sizes other than the traced one, and a mismatch is an error."""
 
 import copy
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -276,7 +277,7 @@ def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], d
                 opset_version=opset,
                 dynamic_shapes=(axes,),
                 input_names=["image"],
-                output_names=names,
+                output_names=[f"output {name}" for name in names],  # as no value inside is called
                 external_data=False,
                 verbose=False,
             )
@@ -288,7 +289,21 @@ def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], d
     if written != opset:
         raise ValueError(f"opset={opset}: torch {torch.__version__} knows no such opset, it wrote {written}")
     del graph.graph.value_info[:]  # shapes of a traced batch, which onnxruntime and the converters would believe
+    _name_outputs(graph.graph, names)
     onnx.save(graph, path)
+
+
+def _name_outputs(graph, names: list[str]) -> None:
+    """Name the outputs "output NAME" as they should be; what is called so inside gets another name."""
+    inside = {name for node in graph.node for name in (*node.input, *node.output)}
+    new = {f"output {name}": name for name in names}
+    for name in inside.intersection(names):
+        new[name] = next(other for n in itertools.count() if (other := f"{name}_{n}") not in inside.union(names))
+    for value in (*graph.output, *graph.initializer):
+        value.name = new.get(value.name, value.name)
+    for node in graph.node:
+        for side in (node.input, node.output):
+            side[:] = [new.get(name, name) for name in side]
 
 
 def _compare(

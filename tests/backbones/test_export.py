@@ -300,6 +300,12 @@ class Several(nn.Module):
         return self.outputs(self.conv(x))
 
 
+def test_outputs_may_be_called_like_what_is_inside(tmp_path):
+    model = Several(lambda x: {"conv2d": x.relu(), "relu": x.tanh(), "conv2d_0": 2 * x}).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(20, 28))
+    assert_outputs(model, tmp_path / "m.onnx", ["conv2d", "relu", "conv2d_0"])
+
+
 def test_outputs_inside_outputs(tmp_path):
     def outputs(x):
         return {"maps": (x, [x.relu(), x.mean((2, 3))]), "labels": x.argmax(1), "7": x.exp()}
