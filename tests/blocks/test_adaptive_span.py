@@ -94,6 +94,17 @@ def test_what_a_kernel_gives_learns_as_the_definition_does(by, causal, prefix):
 
 
 @pytest.mark.parametrize("by", ["dense", "union"])
+def test_gradients_are_those_of_the_spans_of_the_forward(by):
+    block, inputs = of_spans(2.3, 1.3, 4.7), [t.requires_grad_() for t in tokens(widths=(13, 13, 13))]
+    with route(by):
+        first, later = (block.mix(*inputs, GRID).square().sum() for _ in range(2))
+        wanted = torch.autograd.grad(first, block.reach)
+        with torch.no_grad():
+            block.reach.data.zero_()  # unseen by autograd, as what a framework swaps in
+        torch.testing.assert_close(torch.autograd.grad(later, block.reach), wanted)
+
+
+@pytest.mark.parametrize("by", ["dense", "union"])
 def test_no_weights_are_kept_for_the_backward(by):
     block, grid, sizes = create_block("adaptive_span", 16, num_heads=2, span=3), Grid(23, 29), []
     q, k, v = (torch.randn(3, 2, grid.size, 8, requires_grad=True) for _ in range(3))

@@ -157,8 +157,8 @@ class Block(Mixer):
         def of_all(t):
             return t[:, None].repeat(q.shape[0], 1, 1, 1)  # (B · heads, 1, queries, keys)
 
-        z = self.spans().repeat(q.shape[0])[:, None, None]
-        bias = Bias(of_all(self.bias(distance)), z, lambda: of_all(self.steeper(distance)))
+        z, steeper = self.spans().repeat(q.shape[0])[:, None, None], self.steeper(distance)
+        bias = Bias(of_all(self.bias(distance)), z, lambda: of_all(steeper))
         out = attend(q, k, v, grid, self.window, scale=self.scale, dropout=self.dropout, bias=bias)
         return self.without_alone(out, grid)
 
@@ -175,9 +175,10 @@ class Block(Mixer):
             table = torch.cat([table, table.new_tensor([hidden, prefix]).expand(self.num_heads, -1)], dim=1)
             return table.index_select(1, which.flatten()).unflatten(1, which.shape)[None]
 
-        bias = Bias(of_all(self.bias(near), 0.0), self.spans()[:, None], lambda: of_all(self.steeper(near), hidden))
+        steeper = self.steeper(near)
+        bias = Bias(of_all(self.bias(near), 0.0), self.spans()[:, None], lambda: of_all(steeper, hidden))
         if kernel := kernel_for(q, k, v) if self.dropout == 0 else None:
-            none, maps = (t[:, :1, :0] for t in (k, v)), Grid(*q.shape[1:3])  # each head as a row of tokens
+            none, maps = (t.detach()[:, :1, :0] for t in (k, v)), Grid(*q.shape[1:3])  # each head as a row of tokens
             out = biased(kernel, Rows(), bias, maps, self.scale, q, k, v, *none)
         else:
             mask = bias.added.to(v.dtype)
