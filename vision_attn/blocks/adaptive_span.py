@@ -187,9 +187,14 @@ class Block(Mixer):
 
     def without_alone(self, out, grid):
         """The output, without that of a pixel that sees nothing."""
-        if self.alone(0, grid) and out.shape[2] == grid.size:
+        if self.nearest == 0 or grid.prefix_of(out.shape[2]):
+            return out
+        if self.causal:
             return F.pad(out.narrow(2, 1, grid.size - 1), (0, 0, 1, 0))
-        return out
+        alone = grid.size == 1
+        if not isinstance(alone, Tensor):  # which it is to torch.jit.trace
+            alone = torch.ones((), dtype=torch.bool, device=out.device) if alone else None
+        return out if alone is None else out.masked_fill(alone, 0)
 
     def alone(self, place, grid):
         """Whether no other pixel is there for that at raster index ``place``, which itself is not to be looked at."""
