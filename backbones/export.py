@@ -295,15 +295,24 @@ def _write(model: nn.Module, path: Path, channels: int, size: tuple[int, int], d
 
 def _name_outputs(graph, names: list[str]) -> None:
     """Name the outputs "output NAME" as they should be; what is called so inside gets another name."""
-    inside = {name for node in graph.node for name in (*node.input, *node.output)}
+    graphs = list(_graphs(graph))
+    nodes = [node for some in graphs for node in some.node]
+    inside = {name for node in nodes for name in (*node.input, *node.output)}
     new = {f"output {name}": name for name in names}
     for name in inside.intersection(names):
         new[name] = next(other for n in itertools.count() if (other := f"{name}_{n}") not in inside.union(names))
-    for value in (*graph.output, *graph.initializer):
+    for value in (value for some in graphs for value in (*some.output, *some.initializer)):
         value.name = new.get(value.name, value.name)
-    for node in graph.node:
-        for side in (node.input, node.output):
-            side[:] = [new.get(name, name) for name in side]
+    for side in (side for node in nodes for side in (node.input, node.output)):
+        side[:] = [new.get(name, name) for name in side]
+
+
+def _graphs(graph):
+    """A graph, and those of its branches and loops, which know its values by name."""
+    yield graph
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            yield from _graphs(inner)
 
 
 def _compare(

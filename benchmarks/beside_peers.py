@@ -443,9 +443,8 @@ def measure(pair: Pair, grid: Grid, batch: int, heads: int, channels: int, secon
             module.train(run is step)
             runs[name] = partial(run, calls[name], inputs, list(module.parameters()))
         taken = times(runs, "cpu", seconds, least=4, clock=busy)
-        ms = {
-            name: statistics.median(some[1:]) for name, some in taken.items()
-        }  # the first builds what later ones keep
+        # the first turn builds what later ones keep
+        ms = {name: statistics.median(some[1:]) for name, some in taken.items()}
         measured = {f"{name} ms": f"{some:.3f}" for name, some in ms.items()}
         measured |= {f"{name} MiB": f"{peak_memory(run, 'cpu'):.3f}" for name, run in runs.items()}
         measured["peer / ours"] = f"{ms['peer'] / ms['ours']:.2f}"

@@ -107,7 +107,7 @@ def test_every_block_exports_for_any_size(tmp_path, make, args, block, options):
 
 
 class SideBySide(nn.Module):
-    """Blocks on the features of one convolution, each with an output that is called after it."""
+    """Blocks on the features of one convolution, each with an output of its name."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -116,7 +116,7 @@ class SideBySide(nn.Module):
 
     def forward(self, x):
         x = self.conv(x)
-        return {f"of_{block}": layer(x) for block, layer in self.layers.items()}
+        return {block: layer(x) for block, layer in self.layers.items()}
 
 
 @pytest.mark.parametrize("blocks", [SHORT[start : start + 4] for start in range(0, len(SHORT), 4)], ids="-".join)
@@ -129,7 +129,7 @@ def test_blocks_with_short_graphs_export_side_by_side(tmp_path, blocks):
         for block in blocks:
             error.add_note(f"{block} alone: {exports_alone(block, tmp_path)}")
         raise
-    assert_outputs(model, tmp_path / "m.onnx", [f"of_{block}" for block in blocks])
+    assert_outputs(model, tmp_path / "m.onnx", blocks)
 
 
 def exports_alone(block, folder):
@@ -304,6 +304,17 @@ def test_outputs_may_be_called_like_what_is_inside(tmp_path):
     model = Several(lambda x: {"conv2d": x.relu(), "relu": x.tanh(), "conv2d_0": 2 * x}).eval()
     backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(20, 28))
     assert_outputs(model, tmp_path / "m.onnx", ["conv2d", "relu", "conv2d_0"])
+
+
+def test_branches_know_the_names_of_outputs(tmp_path):
+    def outputs(x):
+        relu = x.relu()
+        (scaled,) = torch.cond(x.sum() > 0, lambda r: (r * 2,), lambda r: (r / 3,), (relu,))
+        return {"conv2d": scaled, "relu": relu}
+
+    model = Several(outputs).eval()
+    backbones.export_onnx(model, tmp_path / "m.onnx", image_size=(20, 28))
+    assert_outputs(model, tmp_path / "m.onnx", ["conv2d", "relu"])
 
 
 def test_outputs_inside_outputs(tmp_path):

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from vision_attn import Grid, create_block, route
+from vision_attn.blocks import adaptive_span
 from vision_attn.blocks.adaptive_span import Others
-from vision_attn.engines.flash import kernel_for
+from vision_attn.engines.bias import Bias
+from vision_attn.engines.flash import Cpu, kernel_for
 from vision_attn.engines.union import attend
 
 GRID = Grid(7, 11)
@@ -99,9 +101,27 @@ def test_gradients_are_those_of_the_spans_of_the_forward(by):
     with route(by):
         first, later = (block.mix(*inputs, GRID).square().sum() for _ in range(2))
         wanted = torch.autograd.grad(first, block.reach)
-        with torch.no_grad():
-            block.reach.data.zero_()  # unseen by autograd, as what a framework swaps in
+        block.reach.data.zero_()  # unseen by autograd, as what a framework swaps in
         torch.testing.assert_close(torch.autograd.grad(later, block.reach), wanted)
+
+
+class HalfMasks(Cpu):
+    """A kernel with masks in float16, as one on CUDA has them."""
+
+    @staticmethod
+    def mask_type(dtype):
+        return torch.float16
+
+
+def test_what_hides_is_finite_in_the_type_of_a_kernels_masks(monkeypatch):
+    monkeypatch.setattr(adaptive_span, "kernel_for", lambda *tensors: HalfMasks)
+    block, inputs = of_spans(2.3, 1.3, 0.0, span=3, ramp=1.5), tokens(widths=(13, 13, 13))
+    out, wanted = block.mix(*inputs, GRID), block.weights(*inputs[:2], GRID) @ inputs[2]
+    torch.testing.assert_close(out, wanted, rtol=1e-2, atol=1e-3)
+    slopes = (torch.autograd.grad(some.square().sum(), block.reach)[0] for some in (out, wanted))
+    torch.testing.assert_close(*slopes, rtol=1e-2, atol=1e-3)
+    least = torch.finfo(torch.float32).min / 2
+    assert Bias(torch.full((1, 1, 2, 3), least), torch.zeros(1, 1, 1), None).as_mask(torch.float16).isfinite().all()
 
 
 @pytest.mark.parametrize("by", ["dense", "union"])

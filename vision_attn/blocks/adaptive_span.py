@@ -181,8 +181,7 @@ class Block(Mixer):
             none, maps = (t.detach()[:, :1, :0] for t in (k, v)), Grid(*q.shape[1:3])  # each head as a row of tokens
             out = biased(kernel, Rows(), bias, maps, self.scale, q, k, v, *none)
         else:
-            mask = bias.added.to(v.dtype)
-            out = flash(q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
+            out = flash(q, k, v, attn_mask=bias.as_mask(v.dtype), dropout_p=self.dropout, scale=self.scale)
         return self.without_alone(out, grid)
 
     def without_alone(self, out, grid):

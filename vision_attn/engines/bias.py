@@ -33,6 +33,10 @@ class Bias(NamedTuple):
     parameter: Float[Tensor, "#b #H #W"]
     steeper: Callable[[], Float[Tensor, "#b #groups #queries keys"]]
 
+    def as_mask(self, dtype: torch.dtype) -> Float[Tensor, "#b #groups #queries keys"]:
+        """What is added, in a type whose range may be smaller."""
+        return _within(self.added, dtype)
+
 
 def biased(
     kernel: type[Cpu] | type[Cuda],
@@ -100,4 +104,9 @@ def _of_all(bias, q):
 def _together(bias, mask, kernel, q):
     """What is added to the scores."""
     dtype = kernel.mask_type(q.dtype)
-    return (bias if mask is None else (bias + mask).clamp(min=torch.finfo(dtype).min / 2)).to(dtype)
+    return bias if mask is None and bias.dtype == dtype else _within(bias if mask is None else bias + mask, dtype)
+
+
+def _within(bias, dtype):
+    """In a type; what hides a key stays finite, for a query may see none."""
+    return bias.clamp(min=torch.finfo(dtype).min / 2).to(dtype)

@@ -148,7 +148,7 @@ def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias, others):
             note("union")
             out = biased(kernel, *key_sets, bias, grid, scale, q, k, v, *before)
             return rearrange(out, "(B n) H W d -> B n (H W) d", n=heads)
-        bias = bias.added.to(v.dtype)
+        bias = bias.as_mask(v.dtype)
     anew = kernel and key_sets[0].overlap and q.device.type == "cpu"
     if len(sets) == 1 and not anew:
         out = _one_set(q, k, v, before, grid, *key_sets, scale, dropout, bias)
