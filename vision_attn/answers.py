@@ -18,7 +18,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIM, HEADS, BATCH = 64, 4, 2
 PLACES = ((Grid(17, 26), 1), (Grid(33, 13), 5), (Grid(1, 9), 0))  # with so many prefix tokens
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of a block's operations, all together
-SWAY = 4  # times what rounding the input once more does to the answer
+SWAY = 4  # times what rounding input and weights once more does to the answer
+DRAWS = 3  # of such roundings: the largest counts, since what is chosen or cut off at 0 may turn over in one of them
 
 
 class Answer(NamedTuple):
@@ -49,8 +50,8 @@ def trusted(device: torch.device) -> dict[torch.dtype, str]:
 def answers(device: torch.device, blocks: str = "*") -> Iterator[Answer]:
     """Each block with its default options, causal too where it can be, in each type; small sizes, two images.
 
-    Right is what is no further from float64 than the operations of the type round, and than the answer sways when the
-    input is rounded once more. TF32 is no rounding of float32: switch it off.
+    Right is what is no further from float64 than the operations of the type round, and than the answer sways when
+    input and weights are rounded once more. TF32 is no rounding of float32: switch it off.
 
     Raises:
         ValueError: no block matches ``blocks``.
@@ -73,22 +74,31 @@ def answer(name: str, mixer: bool, causal: bool, dtype: torch.dtype, device: tor
         for grid, prefix in PLACES:
             shape = (BATCH, prefix + grid.size, DIM) if mixer else (BATCH, DIM, *grid)
             block = made(name, mixer, causal).to(dtype)
-            x, slope, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
-            x, slope = x.to(dtype), slope.to(dtype)
+            x, slope = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
             here = both_ways(copy.deepcopy(block).to(device), x.to(device), slope.to(device), grid, mixer)
             exact = block.double()
             wanted = both_ways(exact, x.double(), slope.double(), grid, mixer)
-            moved = x.double() * (1 + torch.finfo(dtype).eps * noise.double())
-            swayed = both_ways(exact, moved, slope.double(), grid, mixer)
+            rng, swayed = torch.Generator().manual_seed(2), []
+            for _ in range(DRAWS):
+                moved = copy.deepcopy(exact)
+                with torch.no_grad():
+                    for p in moved.parameters():
+                        p.copy_(rounded(p, dtype, rng))
+                swayed.append(both_ways(moved, rounded(x.double(), dtype, rng), slope.double(), grid, mixer))
             least = 0.01 * max(t.norm().item() for t in wanted[1:])  # for gradients that vanish
-            for i, (one, other, sway) in enumerate(zip(here, wanted, swayed)):
+            for i, (one, other, *sways) in enumerate(zip(here, wanted, *swayed)):
                 size = max(other.norm().item(), least if i else 0.0)
-                error, moves = ((t.double().cpu() - other).norm().item() / size for t in (one, sway))
-                share = error / (ROUNDING[dtype] * (3 if i else 1) + SWAY * moves)
+                error, *moves = ((t.double().cpu() - other).norm().item() / size for t in (one, *sways))
+                share = error / (ROUNDING[dtype] * (3 if i else 1) + SWAY * max(moves))
                 worst[i > 0] = max(worst[i > 0], share if math.isfinite(share) else math.inf)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         return Answer(name, causal, dtype, *worst, " ".join(f"{type(error).__name__}: {error}".split()))
     return Answer(name, causal, dtype, *worst, "")
+
+
+def rounded(t: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """The numbers as rounding to a type may leave them."""
+    return t * (1 + torch.finfo(dtype).eps * torch.randn(t.shape, generator=rng, dtype=t.dtype))
 
 
 def made(name: str, mixer: bool, causal: bool) -> nn.Module:

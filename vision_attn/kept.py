@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .traced import is_passing
 
-MOST = 128 * 2**20  # bytes in all, of the last ones used
+MOST = 256 * 2**20  # bytes in all, of the last ones used
 
 _tensors: OrderedDict[tuple, tuple[Tensor | None, ...]] = OrderedDict()
 _lock = threading.Lock()
@@ -35,12 +35,17 @@ def kept(make: Callable[..., tuple[Tensor | None, ...]], *args: Any, device: tor
     if found is None:
         with torch.inference_mode(False), torch.no_grad():
             found = make(*args, device)
-        if _bytes(found) <= MOST // 4:
+        if fits(_bytes(found)):
             with _lock:
                 _tensors[key] = found
                 while sum(map(_bytes, _tensors.values())) > MOST:
                     _tensors.popitem(last=False)
     return found
+
+
+def fits(nbytes: int) -> bool:
+    """Whether tensors of so many bytes are kept."""
+    return nbytes <= MOST // 4
 
 
 def _bytes(tensors: tuple[Tensor | None, ...]) -> int:

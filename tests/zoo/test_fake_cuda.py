@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from backbones.pixel import PixelTransformer, TwoStreamPixelTransformer
 from vision_attn import Grid, create_block, list_blocks, mixer
-from vision_attn.engines import flash
+from vision_attn.engines import flash, union
 from vision_attn.engines.cache import around
 
 DIM, HEADS, BATCH = 64, 4, 2
@@ -35,6 +35,7 @@ class Pretended(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         instead = {F.scaled_dot_product_attention: self.attention, torch.autograd.grad: self.grad}
         out = instead.get(function, function)(*args, **(kwargs or {}))
+        assert function not in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor), "a copy from the host, a wait"
         made = [t for t in tree_leaves(out) if isinstance(t, FakeTensor) and t.ndim]
         assert all(t.device.type == "cuda" for t in made), f"{function} gives a tensor of {made[0].device}"
         return out
@@ -51,6 +52,8 @@ class Pretended(TorchFunctionMode):
             attn_mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
         assert q.dtype == k.dtype == v.dtype
         width, wide = q.shape[-1], v.shape[-1]
+        laid_as_queries = q.element_size() > 2 or width == wide or 0 not in q.stride()
+        assert laid_as_queries, "cuDNN's output would lie as the queries, which all images share"
         aligned = all(n % (16 // q.element_size()) == 0 for n in (width, wide))
         assert aligned or (attn_mask is None and width == wide), f"the N×N matrix, for {width} and {wide} channels"
         if attn_mask is not None:
@@ -153,6 +156,24 @@ def test_blocks_run(case, dtype, autocast, monkeypatch):
 @pytest.mark.parametrize("grid, prefix", [(Grid(7, 11), 0), (Grid(16, 16), 5), (Grid(13, 17), 1)])
 def test_blocks_run_at_all_sizes_by_both_routes(any_case, grid, prefix, dtype, autocast, route):
     assert_runs(any_case, grid, prefix, dtype, autocast)
+
+
+def test_gradients_of_attention_lie_as_its_output_does():
+    with pretended_cuda():
+        shape, kind = (BATCH, 11, HEADS, 16), dict(device="cuda", dtype=torch.bfloat16)
+        q, k, v = (torch.empty(shape, **kind).transpose(1, 2).requires_grad_() for _ in range(3))
+        out = union.flash(q, k, v)
+        kernel = out.grad_fn
+        while "Attention" not in kernel.name():
+            (kernel, _), *_ = kernel.next_functions
+        for slope in (torch.empty_like(out), torch.empty(out.shape, device="cuda", dtype=out.dtype)):
+            node = out.grad_fn
+            while node is not kernel:
+                slope = (
+                    node.apply(slope) if isinstance(node, torch.autograd.function.BackwardCFunction) else node(slope)
+                )
+                (node, _), *_ = node.next_functions
+            assert slope.stride() == out.stride()
 
 
 # What is around a forward and a backward

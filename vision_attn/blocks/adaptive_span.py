@@ -39,7 +39,7 @@ from .. import check
 from ..engines.bias import Bias, biased
 from ..engines.cache import Store
 from ..engines.flash import kernel_for
-from ..engines.route import note, takes_dense
+from ..engines.route import is_small, note, takes_dense
 from ..engines.union import attend, flash
 from ..grid import Grid
 from ..kept import kept
@@ -145,7 +145,7 @@ class Block(Mixer):
         return torch.full_like(m, -math.log(self.ramp)).masked_fill(flat, torch.finfo(m.dtype).min / 2)
 
     def mix(self, q, k, v, grid):
-        if takes_dense(grid.size <= 28 * 28):
+        if takes_dense(is_small(grid, q.device, 28)):
             return self.mix_by_mask(q, k, v, grid)
         (keys,) = self.window.key_sets()
         (radius, _), (size, _) = keys.radius, keys.tile(q.device)
@@ -172,7 +172,7 @@ class Block(Mixer):
 
         def of_all(table, prefix):
             """(heads, distances), what is hidden and what is of prefix tokens for all pairs, (1, heads, N, N)."""
-            table = torch.cat([table, table.new_tensor([hidden, prefix]).expand(self.num_heads, -1)], dim=1)
+            table = F.pad(F.pad(table, (0, 1), value=hidden), (0, 1), value=prefix)
             return table.index_select(1, which.flatten()).unflatten(1, which.shape)[None]
 
         steeper = self.steeper(near)
@@ -280,7 +280,6 @@ class Near:
         distance = torch.maximum(down[:, None], right)
         seen = self.store.keys.seen_from(y, x, self.store.grid)
         bias = self.block.bias(torch.cat([distance[rows, columns].flatten() for rows, columns in seen]))
-        out = F.scaled_dot_product_attention(
-            q[:, :, None], keys, values, attn_mask=bias.to(q.dtype)[None, :, None], scale=self.block.scale
-        )
+        mask = bias.to(q.dtype)[None, :, None]
+        out = flash(q[:, :, None], keys, values, attn_mask=mask, scale=self.block.scale)
         return torch.zeros_like(out[:, :, 0]) if self.block.alone(place, self.store.grid) else out[:, :, 0]

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from .. import check
 from ..engines.flash import hiding
-from ..engines.route import note, takes_dense
+from ..engines.route import is_small, note, takes_dense
 from ..engines.union import flash
 from ..grid import Grid
 from ..key_set import Everything, Only, Tiles, rows_and_columns
@@ -152,7 +152,7 @@ class Block(PatternMixer):
 
     @in_float32_where_slow
     def mix(self, q, k, v, grid):
-        if takes_dense(grid.size <= 28 * 28):
+        if takes_dense(is_small(grid, q.device, 28)):
             return self.mix_by_mask(q, k, v, grid)
         heads, prefix, fold = q.shape[1], grid.prefix_of(q.shape[2]), Tiles((self.side, self.side))
         first = prefix + least(self.tokens, grid.size)  # tokens that all see
@@ -195,8 +195,8 @@ class Block(PatternMixer):
         """The same for small grids: one call with the whole mask of each head."""
         note("dense")
         (height, width), prefix, seen = grid, grid.prefix_of(q.shape[2]), self.seen(grid)
-        y, x, place = torch.arange(height)[:, None], torch.arange(width), torch.arange(grid.size, device=q.device)
-        tile = (y // self.side * -(-width // self.side) + x // self.side).flatten().to(q.device)  # of each pixel
+        y, x, place = (torch.arange(n, device=q.device) for n in (height, width, grid.size))
+        tile = (y[:, None] // self.side * -(-width // self.side) + x // self.side).flatten()  # of each pixel
         count = seen.shape[1]
         tiles = torch.zeros(*seen.shape[:2], count + 1, dtype=torch.bool, device=q.device)
         tiles = tiles.scatter(2, seen.masked_fill(seen < 0, count), True)  # (heads, tiles, tiles)

@@ -298,7 +298,7 @@ class CompressedPast:
         first, _ = self.mixer.exact.span(y)
         older = [cells[:, :, : max(0, first) // band].flatten(2, 3) for cells in self.cells]
         keys, values = (torch.cat(some, dim=2) for some in zip(older, *self.recent.read(y, x)))
-        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, scale=self.mixer.scale)
+        out = flash(q[:, :, None], keys, values, scale=self.mixer.scale)
         if x == self.grid.width - 1 and y % band == band - 1:
             self.compress(y // band)
         return out[:, :, 0]

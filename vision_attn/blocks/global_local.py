@@ -22,14 +22,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .. import check
-from ..engines.route import note, takes_dense
+from ..engines.route import is_small, note, takes_dense
+from ..engines.union import flash
 from ..grid import Grid
 from ..kept import kept
 from ..key_set import Neighbours, rows_and_columns
 from ..mixer import Mixer
 from ..precision import at_least_float32, outside_autocast
 
-LARGEST_DENSE = 14 * 14  # pixels up to which all are scored: tiles with their rims hold as many
+LARGEST_DENSE = 14  # pixels a side, up to which all are scored: tiles with their rims hold as many
 
 
 class Block(Mixer):
@@ -105,7 +106,11 @@ class Block(Mixer):
         pixels = q[:, :, prefix:]
         to_global = pixels @ forms[2] @ read_k.transpose(-2, -1) + labels[2].index_select(1, owner)
         scores = [to_global * self.scale + empty, self.scale * (pixels @ k[:, :, :prefix].transpose(-2, -1))]
-        k_pixels, v_pixels, dense = k[:, :, prefix:], v[:, :, prefix:], takes_dense(grid.size <= LARGEST_DENSE)
+        k_pixels, v_pixels, dense = (
+            k[:, :, prefix:],
+            v[:, :, prefix:],
+            takes_dense(is_small(grid, q.device, LARGEST_DENSE)),
+        )
         if dense:
             note("dense")
             scores.append(self.scores_of_all(pixels, k_pixels, grid))
@@ -115,7 +120,7 @@ class Block(Mixer):
         to_global, to_prefix, to_near = torch.cat(scores, dim=-1).softmax(dim=-1).split(sizes, dim=-1)
         out = to_global @ read_v + to_prefix @ v[:, :, :prefix]
         out = out + (to_near @ v_pixels if dense else self.near_values(near, to_near, v_pixels, grid))
-        first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=self.scale)
+        first = flash(q[:, :, :prefix], k, v, scale=self.scale)
         return torch.cat([first, out], dim=2)
 
     def owners(self, grid, device):

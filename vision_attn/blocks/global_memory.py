@@ -22,11 +22,10 @@ of a line of text become squares. No code was published.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import check
-from ..engines.union import attend
+from ..engines.union import attend, flash
 from ..mixer import Mixer
 from ..pattern import Tile
 
@@ -73,7 +72,7 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         queries, keys = (t.to(q.dtype).expand(q.shape[0], -1, -1, -1) for t in self.memory.unbind())
-        known = F.scaled_dot_product_attention(queries, k, torch.cat([k, v], dim=-1), scale=self.scale)
+        known = flash(queries, k, torch.cat([k, v], dim=-1), scale=self.scale)
         read_keys, read_values = known.split([k.shape[-1], v.shape[-1]], dim=-1)
         # memory goes before the prefix tokens, which all see
         k, v = torch.cat([keys + read_keys, k], dim=2), torch.cat([read_values, v], dim=2)

@@ -19,11 +19,11 @@ as in the paper.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 from .. import check
+from ..engines.union import flash
 from ..mixer import Mixer
 from ..precision import at_least_float32, in_float32_where_slow, outside_autocast
 from ..resize import spread
@@ -93,7 +93,7 @@ class Block(Mixer):
                 torch.cat([t[:, :, :prefix], project(t[:, :, prefix:].to(wide), grid, down, right).to(t.dtype)], dim=2)
                 for t, down, right in ((k, down_k, right_k), (v, down_v, right_v))
             )
-        return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return flash(q, k, v, scale=self.scale)
 
     def projections(self, axis, grid, device, dtype):
         """Of keys and of values along an axis, each (heads or 1, rank, axis length)."""

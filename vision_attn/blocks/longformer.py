@@ -39,6 +39,7 @@ from einops import rearrange
 from torch import nn
 
 from .. import check
+from ..engines.union import flash
 from ..grid import Grid
 from ..mixer import PatternMixer, softmax_over
 from ..pattern import Global, Past, PerHead, Window
@@ -120,7 +121,7 @@ class Block(PatternMixer):
         k, v = (t.narrow(2, 0, count) if few else t for t in (k, v))
         mask = self.past(prefix, count, x.device) if self.causal else None
         options = dict(attn_mask=mask, dropout_p=self.dropout, scale=self.scale)
-        return F.scaled_dot_product_attention(q.narrow(2, 0, count), k, v, **options)
+        return flash(q.narrow(2, 0, count), k, v, **options)
 
     def asked_by_few(self, prefix):
         """Whether `through_weights` has less to multiply, and sees the weights: of a layer as it was made."""
@@ -137,7 +138,7 @@ class Block(PatternMixer):
         w_k, w_v = (rearrange(w, "(n d) C -> n d C", n=self.num_heads) for w in (w_k, w_v))
         q = rearrange(F.linear(x.narrow(1, 0, count), w_q, b_q), "B t (n d) -> B n t d", n=self.num_heads)
         asked = rearrange(q @ w_k, "B n t C -> B 1 (n t) C")
-        seen = F.scaled_dot_product_attention(asked, x[:, None], x[:, None], scale=self.scale)
+        seen = flash(asked, x[:, None], x[:, None], scale=self.scale)
         out = rearrange(seen, "B 1 (n t) C -> B n t C", n=self.num_heads) @ w_v.transpose(-2, -1)
         return out if b_v is None else out + rearrange(b_v, "(n d) -> n 1 d", n=self.num_heads)
 
@@ -185,7 +186,7 @@ class Block(PatternMixer):
         if place < self.tokens:
             q, *entries = self.global_heads(x[:, None], cache.grid, place)
             cache.seen = [torch.cat(pair, dim=2) for pair in zip(cache.seen, entries)] if cache.seen else entries
-            out = F.scaled_dot_product_attention(q, *cache.seen, scale=self.scale)[:, :, 0]
+            out = flash(q, *cache.seen, scale=self.scale)[:, :, 0]
         return self.proj_drop(self.proj(out.flatten(1)))
 
 

@@ -34,6 +34,7 @@ from torch import nn
 
 from .. import check
 from ..engines.by_rows import in_chunks
+from ..engines.union import flash
 from ..key_set import Tiles, rows_and_columns
 from ..mixer import Mixer, warn_of_blind_spot
 from ..pattern import Directed, complete
@@ -112,7 +113,7 @@ class Block(Mixer):
             keys.insert(1, self.null.to(k.dtype)[:, None].expand(k.shape[0], -1, 1, -1))
             values.insert(1, torch.zeros_like(v[:, :, :1]))
         keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout, scale=self.scale)
+        attend = partial(flash, dropout_p=self.dropout, scale=self.scale)
         if not self.causal:
             return attend(q, keys, values)
         last = self.last_pixels(grid, q.device)

@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import nn
 
 from .. import check
+from ..engines.union import flash
 from ..grid import Grid
 from ..key_set import Neighbours
 from ..mixer import Mixer
@@ -143,7 +144,7 @@ class Cycle(nn.Module):
     def of_relay(self, relay, pixels):
         """The relay tokens (B, R, dim) after looking at themselves and all pixels."""
         q, k, v = heads(self.relay, torch.cat([relay, pixels], dim=1))
-        out = F.scaled_dot_product_attention(q.narrow(2, 0, relay.shape[1]), k, v, scale=self.relay.scale)
+        out = flash(q.narrow(2, 0, relay.shape[1]), k, v, scale=self.relay.scale)
         return F.leaky_relu(self.relay.proj(out.transpose(1, 2).flatten(2)))
 
     def of_pixels(self, relay, pixels, start, grid):

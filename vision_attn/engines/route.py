@@ -14,12 +14,14 @@ from contextvars import ContextVar
 import torch
 
 from ..grid import Grid
+from ..kept import fits
 from ..key_set import KeySet
 from ..pattern import Pattern
 from ..traced import is_traced
 
 ROUTES = ("auto", "dense", "flat", "union", "flex")
 LARGEST_DENSE = 1600  # positions
+LARGEST_ON_CUDA = 4096  # where a launch takes the time of millions of pairs
 SHORT = 24  # rows and columns up to which scores are concatenated
 # Fitted on a CPU to forward and backward at 14×14 and 20×20, in the time of a pair of a masked N×N call:
 GATHERED = 3.3  # a pair of a key set whose groups share keys
@@ -79,9 +81,26 @@ def note(name: str) -> None:
         taken.add(name)
 
 
-def dense_is_faster(pattern: Pattern, heads: int, grid: Grid, device: torch.device) -> bool:
-    """Whether one masked N×N call takes less time than calls of the pattern's key sets; the size is not traced."""
-    if is_traced() or grid.size > LARGEST_DENSE:
+def is_small(grid: Grid, device: torch.device, side: int) -> bool:
+    """Whether a grid is no larger than ``side`` × ``side``, on a CPU, or 40 × 40 on CUDA: see `LARGEST_ON_CUDA`."""
+    return grid.size <= (40 if device.type == "cuda" else side) ** 2
+
+
+def dense_is_faster(pattern: Pattern, heads: int, grid: Grid, device: torch.device, itemsize: int) -> bool:
+    """Whether one masked N×N call takes less time than calls of the pattern's key sets; the size is not traced.
+
+    Only where its mask, of ``itemsize`` bytes a pair, may be kept. Measured on a CPU and on an H100, where a call of
+    all pairs is faster up to 64×64, of patterns that are one fold without a copy up to 40×40.
+    """
+    if is_traced() or grid.size > LARGEST_ON_CUDA:
+        return False
+    parts = pattern.by_head()
+    if not fits(grid.size**2 * itemsize * (1 if len(parts) == 1 else heads)):
+        return False
+    if device.type == "cuda":
+        folds = all(len(part.key_sets()) == 1 and not part.key_sets()[0].overlap for part in parts)
+        return not folds or grid.size <= LARGEST_DENSE
+    if grid.size > LARGEST_DENSE:
         return False
     try:
         cost = _cost(pattern, heads, grid, device)

@@ -20,7 +20,7 @@ from ..kept import kept
 from ..key_set import KeySet, Only
 from ..pattern import All, Past, Pattern
 from ..precision import at_least_float32, is_slow, outside_autocast
-from ..traced import fixed, is_passing, is_traced
+from ..traced import fixed, is_passing, is_traced, is_transformed
 from . import flex
 from .bias import Bias, biased
 from .flash import BLOCKS, Before, added, by_launches, hiding, kernel_for, mask_of, merged
@@ -60,7 +60,7 @@ def attend(
         if not pattern.causal:
             return out
         out = out[:, :, prefix:]
-    elif plain and takes_dense(dense_is_faster(pattern, q.shape[1], grid, q.device)):
+    elif plain and takes_dense(dense_is_faster(pattern, q.shape[1], grid, q.device, q.element_size())):
         return _dense(q, k, v, grid, pattern, scale, dropout)
     elif plain and dropout == 0 and asked() == "flex" and _takes_flex(q, pattern):
         note("flex")
@@ -93,19 +93,49 @@ def flash(
     q, k = q.to(v.dtype), k.to(v.dtype)
     width, wider = v.shape[-1], fixed(q.shape[-1] - v.shape[-1])
     v = F.pad(v, (0, wider)) if wider > 0 else v
+    if wider < 0 and 0 in q.stride():  # cuDNN lays its output out as they lie, and those of all images lie nowhere
+        q = q.contiguous()
     return _by_launches(q, k, v, **options)[..., :width]
 
 
 def _by_launches(q, k, v, attn_mask=None, **options):
     """Torch's attention, of no more images and groups in a call than its kernels take on CUDA."""
     if is_traced() or max(q.shape[:2]) <= BLOCKS:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+        return _attention(q, k, v, attn_mask, **options)
     mask = None if attn_mask is None else attn_mask.expand(*q.shape[:2], -1, -1)
 
-    def call(q, k, v, mask):
-        return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options),)
+    def call(*tensors):
+        return (_attention(*tensors, **options),)
 
     return by_launches(call, q, k, v, mask)[0]
+
+
+def _attention(q, k, v, mask, **options):
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    by_cudnn = q.device.type == "cuda" and q.dtype.itemsize == 2 and out.requires_grad
+    return LikeOutput.apply(out) if by_cudnn and not is_transformed() else out
+
+
+class LikeOutput(torch.autograd.Function):
+    """Nothing, but that gradients lie as the output does.
+
+    Torch keeps cuDNN's backward by sizes, and by how queries, keys and values lie: after a gradient that lay
+    otherwise, torch 2.11 gives wrong gradients of all three.
+    """
+
+    @staticmethod
+    def forward(out):
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.strides = output.stride()
+
+    @staticmethod
+    def backward(ctx, slope):
+        if slope.stride() == ctx.strides:
+            return slope
+        return torch.empty_strided(slope.shape, ctx.strides, dtype=slope.dtype, device=slope.device).copy_(slope)
 
 
 def _takes_flex(q, pattern) -> bool:
