@@ -5,8 +5,12 @@ block, beside the stock attention, but for the last block where only a class tok
 from the patch embedding of the very call, so rectangular and dynamic sizes work.
 """
 
+from functools import partial
+
+from timm.layers import HybridEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer_hybrid import ConvStem
 
 from vision_attn import Gate
 from vision_attn.zoo import block_class
@@ -17,24 +21,32 @@ from .named import register_stock
 from .replace import replace
 
 __all__ = []
-STOCK = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_tiny_patch4_32")
+STOCK = (
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_224",
+    "vit_base_patch16_224",
+    "vit_tiny_patch4_32",
+    "vit_tiny_conv2_32",
+)
 FEATURES = dict(out_indices=3, feature_cls="getter")
+
+SMALL = dict(
+    url="",
+    num_classes=10,
+    input_size=(3, 32, 32),
+    pool_size=None,
+    fixed_input_size=True,
+    crop_pct=1.0,
+    interpolation="bicubic",
+    mean=CIFAR_MEAN,
+    std=CIFAR_STD,
+    classifier="head",
+)
 
 default_cfgs = generate_default_cfgs(
     {
-        "vit_tiny_patch4_32.untrained": dict(
-            url="",
-            num_classes=10,
-            input_size=(3, 32, 32),
-            pool_size=None,
-            fixed_input_size=True,
-            crop_pct=1.0,
-            interpolation="bicubic",
-            mean=CIFAR_MEAN,
-            std=CIFAR_STD,
-            first_conv="patch_embed.proj",
-            classifier="head",
-        ),
+        "vit_tiny_patch4_32.untrained": dict(SMALL, first_conv="patch_embed.proj"),
+        "vit_tiny_conv2_32.untrained": dict(SMALL, first_conv="patch_embed.backbone.0.conv"),
     }
 )
 
@@ -46,6 +58,19 @@ def vit_tiny_patch4_32(pretrained=False, **kwargs) -> VisionTransformer:
     return build_model_with_cfg(
         VisionTransformer, "vit_tiny_patch4_32", pretrained, feature_cfg=dict(FEATURES),
         pretrained_filter_fn=checkpoint_filter_fn, **{**args, **kwargs},
+    )  # fmt: skip
+
+
+@register_model
+def vit_tiny_conv2_32(pretrained=False, **kwargs) -> VisionTransformer:
+    """ViT-Tiny for 32×32 images behind three convolutions in place of patches (Xiao et al. 2021,
+    https://arxiv.org/abs/2106.14881): 16×16 tokens, of 11×11 pixels each, width 192, depth 12, 3 heads."""
+    args = dict(img_size=32, patch_size=1, embed_dim=192, depth=12, num_heads=3) | kwargs
+    width, of_weights = args["embed_dim"], {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
+    stem = ConvStem(kwargs.get("in_chans", 3), 3, (width // 4, width // 2, width), stride=(2, 1, 1), **of_weights)
+    return build_model_with_cfg(
+        VisionTransformer, "vit_tiny_conv2_32", pretrained, feature_cfg=dict(FEATURES),
+        pretrained_filter_fn=checkpoint_filter_fn, embed_layer=partial(HybridEmbed, backbone=stem, proj=False), **args,
     )  # fmt: skip
 
 

@@ -6,10 +6,12 @@
         --data '[folder]' --dir photos --training '[--data.val-share, "0.2"]'
 
 vit_tiny_patch4_32 at width 96, that is 8×8 tokens and a class token, and cifar_resnet20, which is there without a gate,
-too. Data are digits, the first 10,000 images of CIFAR-10 and of Pathfinder, or a folder of one's own, in which images
-are brought to 32×32 pixels. One recipe and one number of steps for all: what is compared is what a block learns from
-little, not the best it can do. A call that was stopped goes on where it stood. Writes a CSV after every run, and in the
-end a picture and a plain text beside it; steps are timed before the first run, all models taking turns.
+too. Data are digits, the first 10,000 images of CIFAR-10, Pathfinder, or a folder of one's own, in which images are
+brought to 32×32 pixels. On Pathfinder the ViT is vit_tiny_conv2_32, of four layers: patches of 4×4 pixels never learned
+it, while 11×11 pixels, which is what a token sees here, are too few to follow a curve without attention. One recipe
+and one number of steps for all: what is compared is what a block learns from little, not the best it can do. A call
+that was stopped goes on where it stood. Writes a CSV after every run, and in the end a picture and a plain text beside
+it; steps are timed before the first run, all models taking turns.
 """
 
 import hashlib
@@ -18,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -35,13 +39,36 @@ from vision_attn import describe, list_blocks
 from vision_attn.cost import flops, parameters, peak_memory, times
 
 ROOT = Path(__file__).parents[1]
-VIT, RESNET, BATCH = "vit_tiny_patch4_32", "cifar_resnet20", 16  # small: the same images make more steps
-RECIPE = f"--batch-size {BATCH} --optim.name adamw --optim.lr 1e-3 --optim.weight-decay 0.05 --optim.warmup-epochs 1"
-RECIPE = f"{RECIPE} --optim.clip-grad 1.0 --augment.crop pad --save-every 500".split()
-MIRRORED = ["--augment.hflip", "0.5"]
-DATA = {"digits": [], "cifar10": MIRRORED, "pathfinder": MIRRORED, "folder": MIRRORED}
-IMAGES = {"digits": 1_437, "cifar10": 10_000, "pathfinder": 10_000}  # to train on, the first ones; of a folder all
-EPOCHS = {"digits": 10, "cifar10": 3, "pathfinder": 10, "folder": 10}
+RESNET = "cifar_resnet20"
+RECIPE = "--optim.name adamw --optim.weight-decay 0.05 --optim.warmup-epochs 1 --optim.clip-grad 1.0 --save-every 500"
+
+
+class Setting(NamedTuple):
+    """What all mixers have in common on some data."""
+
+    vit: str
+    args: dict  # of the ViT, but for its depth
+    depth: int
+    batch: int
+    epochs: int
+    words: str  # for train_imagenet.py
+    images: int | None = None  # to train on, the first ones; None: all
+    in_chans: int = 3
+
+
+PATCHES = ("vit_tiny_patch4_32", dict(embed_dim=96), 2, 16)  # small batches: the same images make more steps
+PAD, MIRRORED = "--optim.lr 1e-3 --augment.crop pad", "--optim.lr 1e-3 --augment.crop pad --augment.hflip 0.5"
+GREY = dict(embed_dim=96, in_chans=1, class_token=False, global_pool="avgmax")
+SETTINGS = {
+    "digits": Setting(*PATCHES, 10, PAD, 1_437),
+    "cifar10": Setting(*PATCHES, 3, MIRRORED, 10_000),
+    "folder": Setting(*PATCHES, 10, f"{MIRRORED} --data.img-size 32"),
+    "pathfinder": Setting(
+        *("vit_tiny_conv2_32", GREY, 4, 128, 6),
+        "--optim.lr 2e-3 --augment.crop centre --augment.hflip 0.5 --data.mean [0.065] --data.std [0.173]",
+        *(50_000, 1),
+    ),
+}
 # Where the defaults are for larger images: at 8×8 they see all, or nearly all
 AT_8X8 = {
     "adaptive_connection": {"edges": 8},
@@ -60,6 +87,7 @@ AT_8X8 = {
     "nystrom": {"cells": 4},
     "prob_sparse": {"factor": 2, "cells": 4},
 }
+AT_16X16 = {"hand_crafted": {"num_heads": 6}}
 
 
 class Network(NamedTuple):
@@ -70,12 +98,15 @@ class Network(NamedTuple):
     args: dict
 
 
-def networks(mixers: list[str | dict], gates: list[str | dict], depth: int, options: dict) -> list[Network]:
+def networks(
+    setting: Setting, mixers: list[str | dict], gates: list[str | dict], depth: int | None, options: dict
+) -> list[Network]:
     """The models to compare: mixers in a ViT, gates in a ResNet beside one without."""
-    made = [Network("", RESNET, {})] if gates else []
+    of_resnet = {} if setting.in_chans == 3 else dict(in_chans=setting.in_chans)
+    made = [Network("", RESNET, of_resnet)] if gates else []
     for kind, asked, model, size in (
-        ("mixer", mixers, VIT, dict(embed_dim=96, depth=depth)),
-        ("gate", gates, RESNET, {}),
+        ("mixer", mixers, setting.vit, setting.args | dict(depth=depth or setting.depth)),
+        ("gate", gates, RESNET, of_resnet),
     ):
         for one in asked:
             own = {"name": one} if isinstance(one, str) else dict(one)
@@ -86,10 +117,11 @@ def networks(mixers: list[str | dict], gates: list[str | dict], depth: int, opti
     return made
 
 
-def step_costs(compared: list[Network], device: str, repeats: int) -> list[dict]:
+def step_costs(setting: Setting, compared: list[Network], device: str, repeats: int) -> list[dict]:
     """Parameters, operations, time and memory of each model; a step is forward + backward of a batch."""
     torch.manual_seed(0)
-    images, labels = torch.randn(BATCH, 3, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)
+    images = torch.randn(setting.batch, setting.in_chans, 32, 32, device=device)
+    labels = torch.randint(10, (setting.batch,), device=device)
     models = [timm.create_model(one.model, num_classes=10, **one.args).to(device) for one in compared]
 
     def step(model):
@@ -118,12 +150,13 @@ def compare(
     dir: str | None = None,
     epochs: int | None = None,
     seeds: int = 2,
-    depth: int = 2,
+    depth: int | None = None,
     options: dict[str, dict] | None = None,
     training: list[str] | None = None,
     repeats: int = 5,
     device: str = "cpu",
     threads: int = 1,
+    jobs: int = 1,
     runs: str = "runs/mixers",
     path: str | None = None,
 ) -> None:
@@ -134,14 +167,15 @@ def compare(
         gates: likewise, in a ResNet; null: none.
         data: digits, cifar10, pathfinder (or pathfinder/LEVEL), folder; null: digits, and cifar10 if dir is given.
         dir: root of CIFAR-10, or of the folder.
-        epochs: of each run; null: 3 of CIFAR-10, 10 of others.
+        epochs: of each run; null: 3 of CIFAR-10, 6 of Pathfinder, 10 of others.
         seeds: runs of each mixer.
-        depth: layers of the ViT.
+        depth: layers of the ViT; null: 4 for Pathfinder, 2 for others.
         options: of blocks that are given without, by name; of others those that fit 8×8 positions.
         training: further words for train_imagenet.py, the same for all runs.
         repeats: timed steps of each; the median counts.
         device: cpu or cuda.
         threads: of torch.
+        jobs: runs at a time.
         runs: folder for the runs.
         path: CSV to write; null names it by machine and date under results/.
     """
@@ -149,29 +183,39 @@ def compare(
     torch.set_num_threads(threads)
     data = data or ["digits", *(["cifar10"] if dir else [])]
     for name in data:
-        if name.partition("/")[0] not in DATA:
-            raise ValueError(f"data={name!r}: must be {', '.join(DATA)} or pathfinder/LEVEL")
+        if name.partition("/")[0] not in SETTINGS:
+            raise ValueError(f"data={name!r}: must be {', '.join(SETTINGS)} or pathfinder/LEVEL")
     there = [name for name in data if name in ("cifar10", "folder")]
     if len(there) > 1 or (there and dir is None):
         raise ValueError(f"dir={dir!r}: must be the root of {' or '.join(there)}, of one of them in a call")
     mixers = [name for name in list_blocks() if describe(name).kind == "mixer"] if mixers is None else mixers
-    compared = networks(mixers, gates or [], depth, AT_8X8 | (options or {}))
-    costs = Path(runs, f"steps-{mark(compared, BATCH, device, threads)}.csv")
-    if not costs.exists():
-        costs.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(costs, step_costs(compared, device, repeats))
-    known = read_rows(costs)
-    found: dict[tuple[str, int], list[float]] = {}
-    for seed, name, (place, one) in product(range(seeds), data, enumerate(compared)):
-        kind = name.partition("/")[0]
-        length = epochs or EPOCHS[kind]
+    compared, known = {}, {}
+    for name in data:
+        setting = setting_of(name)
+        fitting = AT_8X8 if setting.vit == PATCHES[0] else AT_16X16
+        compared[name] = networks(setting, mixers, gates or [], depth, fitting | (options or {}))
+        costs = Path(runs, f"steps-{mark(compared[name], setting.batch, device, threads)}.csv")
+        if not costs.exists():
+            costs.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(costs, step_costs(setting, compared[name], device, repeats))
+        known[name] = read_rows(costs)
+
+    def run(what) -> float | None:
+        seed, name, place = what
+        setting, one = setting_of(name), compared[name][place]
+        length = epochs or setting.epochs
         words = ["--model.name", one.model, "--model.args", json.dumps(one.args), "--data.name", name]
-        words += [*RECIPE, *DATA[kind], "--device", device, *(training or [])]
-        words += ["--data.train-images", IMAGES[kind]] if kind in IMAGES else ["--data.img-size", 32]
+        words += [*RECIPE.split(), *setting.words.split(), "--batch-size", setting.batch, "--device", device]
+        words += [*(training or []), *(["--data.train-images", setting.images] if setting.images else [])]
         words += ["--epochs", length, "--seed", seed, "--threads", threads]
         output = Path(runs, f"{name.replace('/', '_')}-{one.block or one.model}-{seed}-{mark(words)}")
-        words += ["--output", output, "--resume", "auto", *(["--data.dir", dir] if name in there else [])]
-        top1 = trained(list(map(str, words)), output, length)
+        place = {"pathfinder": Path(runs, "pathfinder"), **dict.fromkeys(there, dir)}.get(name.partition("/")[0])
+        words += ["--output", output, "--resume", "auto", *(["--data.dir", place] if place else [])]
+        return trained(list(map(str, words)), output, length)
+
+    found: dict[tuple[str, int], list[float]] = {}
+    asked = [(*of, place) for of in product(range(seeds), data) for place in range(len(compared[of[1]]))]
+    for (_, name, place), top1 in outcomes(run, asked, jobs):
         if top1 is None:  # it was stopped, so stop
             break
         found.setdefault((name, place), []).append(top1)
@@ -180,6 +224,24 @@ def compare(
     if found:
         path.with_suffix(".txt").write_text(text(rows), encoding="utf-8")
         picture(rows, path.with_suffix(".png"))
+
+
+def outcomes(run: Callable, asked: list[tuple], jobs: int) -> Iterator[tuple]:
+    """What was asked for and what came out, ``jobs`` at a time, as they are done."""
+    if jobs == 1:  # in this thread
+        yield from ((what, run(what)) for what in asked)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, what): what for what in asked}
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def setting_of(name: str) -> Setting:
+    """Of data that may have a level behind their name."""
+    return SETTINGS[name.partition("/")[0]]
 
 
 def mark(*asked) -> str:
@@ -199,22 +261,22 @@ def trained(words: list[str], output: Path, epochs: int) -> float | None:
     return saved["history"][-1]["top1"] if saved["epoch"] >= epochs else None
 
 
-def table(found: dict, known: list[dict], compared: list[Network], epochs: int | None) -> list[dict]:
+def table(found: dict, known: dict, compared: dict, epochs: int | None) -> list[dict]:
     """What is there so far, by data set, host and accuracy."""
     rows = []
     for (name, place), top1 in found.items():
-        one, kind = compared[place], name.partition("/")[0]
+        one, setting = compared[name][place], setting_of(name)
         options = " ".join(f"{option}={value}" for option, value in one.args.get("attn_kwargs", {}).items())
         row = {"mixer": one.block or "none", "options": options, "depth": one.args.get("depth", ""), "data": name}
-        row |= {"images": IMAGES.get(kind, "all"), "epochs": epochs or EPOCHS[kind], "seeds": len(top1)}
+        row |= {"images": setting.images or "all", "epochs": epochs or setting.epochs, "seeds": len(top1)}
         row |= {"top-1 %": f"{statistics.mean(top1):.2f}", "spread": f"{max(top1) - min(top1):.2f}"}
-        rows.append(row | known[place])
+        rows.append(row | known[name][place])
     return sorted(rows, key=lambda row: (*panel(row), row["top-1 %"] == "nan", -float(row["top-1 %"])))
 
 
 def panel(row: dict) -> tuple[str, str]:
     """Data and host of a row: what it can be compared with."""
-    return row["data"], VIT if row["depth"] else RESNET
+    return row["data"], setting_of(row["data"]).vit if row["depth"] else RESNET
 
 
 def text(rows: list[dict]) -> str:
@@ -249,7 +311,8 @@ def picture(rows: list[dict], target: Path) -> None:
         colors = ["tab:red" if row["mixer"] in ("dense", "none") else "tab:blue" for row in some]
         axis.errorbar(x, y, [s / 2 for s in spread], fmt="none", ecolor="0.75", linewidth=1, zorder=1)
         axis.scatter(x, y, [200 * m / max(memory) for m in memory], colors, alpha=0.6, linewidth=0, zorder=2)
-        axis.set(xscale="log", xlabel=f"forward + backward of {BATCH} images, ms", ylabel="top-1, %")
+        images = setting_of(data).batch
+        axis.set(xscale="log", xlabel=f"forward + backward of {images} images, ms", ylabel="top-1, %")
         layers = f"{some[0]['depth']} layers, " if some[0]["depth"] else ""
         runs = " or ".join(sorted({str(row["seeds"]) for row in some}, key=int))
         axis.set_title(f"{data}, {host}, {layers}{some[0]['epochs']} epochs, {runs} runs each")
