@@ -41,6 +41,7 @@ def calls_of(
     dtype: torch.dtype,
     dense: bool,
     masked: bool,
+    batch: int = 1,
 ) -> dict[str, Callable]:
     """Attention of all steps of a block by each route: its own and, if asked for, dense and masked.
 
@@ -48,13 +49,13 @@ def calls_of(
     """
     steps = steps_of(made)
     q, k, v = (
-        torch.randn(1, heads, grid.size, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+        torch.randn(batch, heads, grid.size, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
     if isinstance(made, Gate):
-        x = torch.randn(1, heads * channels, *grid, device=device, dtype=dtype)
+        x = torch.randn(batch, heads * channels, *grid, device=device, dtype=dtype)
         calls = {"block": lambda: [made(x)]}
     else:
-        x = torch.randn(1, grid.size, heads * channels, device=device, dtype=dtype)
+        x = torch.randn(batch, grid.size, heads * channels, device=device, dtype=dtype)
         if runs_whole(made):
             calls = {"block": lambda: [made(x, grid)]}
         else:
@@ -92,19 +93,29 @@ def step(call: Callable) -> Callable[[], None]:
 
 
 def measure(
-    name: str, options: dict, grid: Grid, heads: int, channels: int, repeats: int, device: str, dtype, dense_limit: int
+    name: str,
+    options: dict,
+    grid: Grid,
+    heads: int,
+    channels: int,
+    repeats: int,
+    device: str,
+    dtype,
+    dense_limit: int,
+    positions: int | None = None,
 ) -> dict:
     """One row of the table."""
     of_heads = dict(num_heads=heads) if describe(name).kind == "mixer" else {}
     made = create_block(name, heads * channels, **of_heads, **options).to(device, dtype)
     dense = grid.size <= dense_limit
     masked = dense and all(hasattr(step, "pattern") for step in steps_of(made))
-    calls = calls_of(made, heads, channels, grid, device, dtype, dense, masked)
+    batch = max(1, (positions or 1) // grid.size)
+    calls = calls_of(made, heads, channels, grid, device, dtype, dense, masked, batch)
     timed = {(route, kind.__name__): kind(call) for route, call in calls.items() for kind in (forward, step)}
     best = dict.fromkeys(timed, math.inf)
     for _, key in itertools.product(range(repeats), timed):
         best[key] = min(best[key], clock(timed[key], device))
-    row = titles(name, options) | dict(height=grid.height, width=grid.width)
+    row = titles(name, options) | dict(height=grid.height, width=grid.width) | ({"batch": batch} if positions else {})
     for kind in ("forward", "step"):
         row[f"{kind} ms"] = f"{best['block', kind]:.2f}"
         for other in ("dense", "masked"):
@@ -210,6 +221,7 @@ def benchmark(
     dtype: str = "float32",
     threads: int = 1,
     dense_limit: int = 128 * 128,
+    positions: int | None = None,
     path: str | None = None,
     resume: str | None = None,
 ) -> None:
@@ -218,13 +230,14 @@ def benchmark(
     Args:
         blocks: names, or maps of "name" and options. null: all, and all that can be causal as such.
         sizes: grids, (height, width).
-        heads: of the blocks; batch is 1.
+        heads: of the blocks.
         channels: of a head.
         repeats: timed calls of each kind; the fastest counts.
         device: cpu or cuda.
         dtype: float32, bfloat16, float16 or float64.
         threads: CPU threads.
         dense_limit: positions up to which dense attention is timed beside, with and without the N×N mask.
+        positions: of all images together, as many images as that takes; null: of one image.
         path: of the CSV; null names it by device, torch version and date under results/.
         resume: instead, the CSV of a stopped run, to measure what it has no row of.
     """
@@ -245,7 +258,7 @@ def benchmark(
         if (label(titles(name, options)), *size) not in known:
             left.append((name, options, Grid(*size)))
     for what in tqdm(left, unit=" rows"):
-        rows.append(measure(*what, heads, channels, repeats, device, getattr(torch, dtype), dense_limit))
+        rows.append(measure(*what, heads, channels, repeats, device, getattr(torch, dtype), dense_limit, positions))
         path = write(path, "mixers", rows, device)  # after every row: it may be stopped
     plot(rows, path.with_suffix(".png"))
     if summaries := growth(rows):

@@ -6,9 +6,11 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vision_attn import Grid, create_block, kept, recommend, route
-from vision_attn.pattern import Pattern, Row, Window
+from vision_attn.engines.route import dense_is_faster
+from vision_attn.pattern import Column, Pattern, PerHead, Row, Window
 
 DIM = 66  # of 6 heads
 
@@ -140,3 +142,19 @@ def test_recommend_says_by_which_route():
     assert routes == {**routes, "window": "dense", "dense": "dense", "linear": "", "criss_cross": "dense"}
     with route("union"):
         assert {one.name: one.route for one in recommend(5, 7, 32, blocks="window", seconds=0)}["window"] == "union"
+
+
+def test_on_cuda_the_whole_mask_is_taken_while_launches_take_longer():
+    with FakeTensorMode():
+
+        def dense(pattern, side, images, dtype=torch.bfloat16):
+            q = torch.empty(images, 4, side * side, 8, device="cuda", dtype=dtype)
+            return dense_is_faster(pattern, q, Grid(side, side))
+
+        window, fold = Window((3, 3)), Row()
+        assert all(dense(pattern, 17, 61) for pattern in (window, fold, window | Column()))
+        assert not any(dense(pattern, 67, 1) for pattern in (window, window | Column()))
+        assert dense(window | Column(), 61, 5) and not dense(window, 61, 5) and not dense(window | Column(), 61, 11)
+        assert not dense(fold, 61, 3)
+        by_head = PerHead((window, fold))  # a mask for each head, too many numbers to keep
+        assert dense(by_head, 47, 1) and not dense(by_head, 47, 1, torch.float64)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ..grid import Grid
 from ..kept import fits
@@ -21,7 +23,9 @@ from ..traced import is_traced
 
 ROUTES = ("auto", "dense", "flat", "union", "flex")
 LARGEST_DENSE = 1600  # positions
-LARGEST_ON_CUDA = 4096  # where a launch takes the time of millions of pairs
+# On an H100, forward and backward in bfloat16 at 14×14 to 64×64; of smaller devices pairs take longer, launches do not
+LARGEST_ON_CUDA = 4096  # positions
+PAIRS_OF_LAUNCHES = 2.5e8
 SHORT = 24  # rows and columns up to which scores are concatenated
 # Fitted on a CPU to forward and backward at 14×14 and 20×20, in the time of a pair of a masked N×N call:
 GATHERED = 3.3  # a pair of a key set whose groups share keys
@@ -65,6 +69,7 @@ def taken_routes():
     return route(asked())
 
 
+@torch.compiler.assume_constant_result  # dynamo of torch 2.11 does not read a ContextVar
 def asked() -> str:
     """The route that is asked for here."""
     return _asked.get()
@@ -82,30 +87,31 @@ def note(name: str) -> None:
 
 
 def is_small(grid: Grid, device: torch.device, side: int) -> bool:
-    """Whether a grid is no larger than ``side`` × ``side``, on a CPU, or 40 × 40 on CUDA: see `LARGEST_ON_CUDA`."""
+    """Whether a grid is no larger than ``side`` × ``side``, on a CPU, or 40 × 40 on CUDA, where calls are what takes time."""
     return grid.size <= (40 if device.type == "cuda" else side) ** 2
 
 
-def dense_is_faster(pattern: Pattern, heads: int, grid: Grid, device: torch.device, itemsize: int) -> bool:
+def dense_is_faster(pattern: Pattern, q: Float[Tensor, "B heads tokens d"], grid: Grid) -> bool:
     """Whether one masked N×N call takes less time than calls of the pattern's key sets; the size is not traced.
 
-    Only where its mask, of ``itemsize`` bytes a pair, may be kept. Measured on a CPU and on an H100, where a call of
-    all pairs is faster up to 64×64, of patterns that are one fold without a copy up to 40×40.
+    Only where its mask may be kept. On CUDA a key set takes launches, whose time is that of so many pairs of a masked
+    call; half as many where it is but a fold.
     """
     if is_traced() or grid.size > LARGEST_ON_CUDA:
         return False
-    parts = pattern.by_head()
-    if not fits(grid.size**2 * itemsize * (1 if len(parts) == 1 else heads)):
+    (images, heads, *_), parts = q.shape, pattern.by_head()
+    if not fits(grid.size**2 * q.element_size() * (1 if len(parts) == 1 else heads)):
         return False
-    if device.type == "cuda":
-        folds = all(len(part.key_sets()) == 1 and not part.key_sets()[0].overlap for part in parts)
-        return not folds or grid.size <= LARGEST_DENSE
+    if q.device.type == "cuda":
+        sets = [keys for part in parts for keys in part.key_sets()]
+        launches = 0.5 if len(sets) == len(parts) and not any(keys.overlap for keys in sets) else len(sets)
+        return images * heads * grid.size**2 <= PAIRS_OF_LAUNCHES * launches
     if grid.size > LARGEST_DENSE:
         return False
     try:
-        cost = _cost(pattern, heads, grid, device)
+        cost = _cost(pattern, heads, grid, q.device)
     except TypeError:  # a pattern of someone's own that has no hash
-        cost = _cost.__wrapped__(pattern, heads, grid, device)
+        cost = _cost.__wrapped__(pattern, heads, grid, q.device)
     return grid.size**2 <= cost
 
 

@@ -60,7 +60,7 @@ def attend(
         if not pattern.causal:
             return out
         out = out[:, :, prefix:]
-    elif plain and takes_dense(dense_is_faster(pattern, q.shape[1], grid, q.device, q.element_size())):
+    elif plain and takes_dense(dense_is_faster(pattern, q, grid)):
         return _dense(q, k, v, grid, pattern, scale, dropout)
     elif plain and dropout == 0 and asked() == "flex" and _takes_flex(q, pattern):
         note("flex")
