@@ -10,13 +10,7 @@ from vision_attn import Mixer, list_blocks
 from vision_attn.layout import Residual
 
 RESNETS = ["resnet18", "resnet50", "resnet101", "cifar_resnet20", "cifar_resnet32", "cifar_resnet56"]
-VITS = [
-    "vit_tiny_patch16_224",
-    "vit_small_patch16_224",
-    "vit_base_patch16_224",
-    "vit_tiny_patch4_32",
-    "vit_tiny_conv2_32",
-]
+VITS = [f"vit_{size}_patch16_224" for size in ("tiny", "small", "base")] + ["vit_tiny_patch4_32", "vit_tiny_conv2_32"]
 # arguments that make a stock model small, where its width is not the question
 NARROW = dict(channels=(16, 24, 40, 56))  # a ResNet
 THIN = dict(depth=2, embed_dim=96)  # a ViT
