@@ -87,7 +87,7 @@ def note(name: str) -> None:
 
 
 def is_small(grid: Grid, device: torch.device, side: int) -> bool:
-    """Whether a grid is no larger than ``side`` × ``side``, on a CPU, or 40×40 on CUDA, where launches take the time."""
+    """Whether a grid is no larger than ``side`` × ``side``, on a CPU, or 40×40 on CUDA: launches take time there."""
     return grid.size <= (40 if device.type == "cuda" else side) ** 2
 
 
