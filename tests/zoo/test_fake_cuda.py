@@ -158,21 +158,18 @@ def test_blocks_run_at_all_sizes_by_both_routes(any_case, grid, prefix, dtype, a
     assert_runs(any_case, grid, prefix, dtype, autocast)
 
 
-def test_gradients_of_attention_lie_as_its_output_does():
-    with pretended_cuda():
-        shape, kind = (BATCH, 11, HEADS, 16), dict(device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, None), (torch.float32, torch.float16)])
+def test_gradients_of_attention_lie_as_its_output_does(dtype, autocast):
+    with pretended_cuda(autocast):
+        shape, kind = (BATCH, 11, HEADS, 16), dict(device="cuda", dtype=dtype)
         q, k, v = (torch.empty(shape, **kind).transpose(1, 2).requires_grad_() for _ in range(3))
         out = union.flash(q, k, v)
-        kernel = out.grad_fn
-        while "Attention" not in kernel.name():
-            (kernel, _), *_ = kernel.next_functions
         for slope in (torch.empty_like(out), torch.empty(out.shape, device="cuda", dtype=out.dtype)):
             node = out.grad_fn
-            while node is not kernel:
-                slope = (
-                    node.apply(slope) if isinstance(node, torch.autograd.function.BackwardCFunction) else node(slope)
-                )
-                (node, _), *_ = node.next_functions
+            while "Attention" not in node.name():
+                own = isinstance(node, torch.autograd.function.BackwardCFunction)
+                slope = node.apply(slope) if own else node(slope)
+                ((node, _), *_) = node.next_functions
             assert slope.stride() == out.stride()
 
 

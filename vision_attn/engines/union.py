@@ -112,7 +112,7 @@ def _by_launches(q, k, v, attn_mask=None, **options):
 
 def _attention(q, k, v, mask, **options):
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-    by_cudnn = q.device.type == "cuda" and q.dtype.itemsize == 2 and out.requires_grad
+    by_cudnn = out.is_cuda and out.element_size() == 2 and out.requires_grad  # under autocast, too
     return LikeOutput.apply(out) if by_cudnn and not is_transformed() else out
 
 
