@@ -24,12 +24,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from training.results import read, write
 from vision_attn import Gate, Grid, Mixer, create_block, describe, list_blocks
-from vision_attn.cost import clock, peak_memory
+from vision_attn.cost import clock, counting, peak_memory
 
 
 def calls_of(
@@ -124,7 +123,7 @@ def measure(
     for route in ("block", "dense", "masked"):
         row[f"{route} MiB"] = f"{peak_memory(step(calls[route]), device):.3f}" if route in calls else "not run"
     for route in ("block", "dense"):
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             calls.get(route, list)()
         row[f"{route} GFLOP"] = f"{counter.get_total_flops() / 1e9:.3f}" if route in calls else "not run"
     return row

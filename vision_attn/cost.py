@@ -9,9 +9,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from . import check
+
+aten = torch.ops.aten
+UNCOUNTED = {  # by torch 2.11: attention on a CPU
+    operator: flop_registry[alike].__wrapped__
+    for operator, alike in (
+        (aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention),
+        (aten._scaled_dot_product_flash_attention_for_cpu_backward, aten._scaled_dot_product_flash_attention_backward),
+    )
+    if operator not in flop_registry
+}
 
 
 class Cost(NamedTuple):
@@ -23,9 +33,14 @@ class Cost(NamedTuple):
     ms: float  # of forward + backward, the fastest of several
 
 
+def counting(more: dict | None = None) -> FlopCounterMode:
+    """Torch's counter of floating-point operations, a context, with formulas of ``more`` operators."""
+    return FlopCounterMode(display=False, custom_mapping=UNCOUNTED | (more or {}))
+
+
 def flops(module: nn.Module, *args) -> int:
     """Floating-point operations of ``module(*args)`` forward, 2 per multiply-add, as torch's flop counter sees them."""
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         module(*args)
     return counter.get_total_flops()
 

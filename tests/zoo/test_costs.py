@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn import Grid, create_block, describe, list_blocks
+from vision_attn.cost import counting
 from vision_attn.mixer import Mixer
 from vision_attn.pyramid import Pyramid
 
@@ -80,7 +80,7 @@ def computed(block: nn.Module, by_element: bool) -> float:
     inputs_ = {op: lambda x, *_, **__: torch.Size(x).numel() for op in (aten.sum, aten.mean)}
     own = {aten._fft_c2c: of_a_transform, aten._fft_r2c: of_a_real_transform, aten._fft_c2r: of_a_real_transform}
     own |= {op: of_bags for op in (aten._embedding_bag, aten._embedding_bag_forward_only)}
-    counter = FlopCounterMode(display=False, custom_mapping=own | (outputs | inputs_ if by_element else {}))
+    counter = counting(own | (outputs | inputs_ if by_element else {}))
     with torch.no_grad(), counter:
         block.eval()(*inputs)
     return counter.get_total_flops() / 2 - sum(projected)
