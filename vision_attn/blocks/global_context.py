@@ -69,7 +69,8 @@ class Block(Gate):
         wide = at_least_float32(x)
         with outside_autocast(x):  # its gradient, a sum over channels, may leave float16
             shares, pixels = self.shares(x).flatten(1), x.to(wide).flatten(2)  # (B, N), (B, C, N)
-            if x.is_contiguous():  # either way the gradient of the pixels lies in memory as they do
+            if x.is_contiguous() and x.requires_grad and torch.is_grad_enabled():
+                # slower, but the gradient of the pixels lies in memory as they do, here and below
                 context = (pixels @ shares[:, :, None])[:, :, 0].to(x.dtype)
             else:
                 context = (shares[:, None] @ pixels.transpose(1, 2))[:, 0].to(x.dtype)
