@@ -89,6 +89,10 @@ class KeySet:
         """The same pairs as key sets that need less of a mask, where that is cheaper; the size is not traced."""
         return (self,)
 
+    def split(self, groups: int, most: int) -> list[tuple["KeySet", slice]]:
+        """Itself with all of its ``groups`` or, where they share keys, sets of the keys of at most ``most`` each."""
+        return [(self, slice(None))]
+
     def add_queries(self, whole: Float[Tensor, "b H W d"], part: Float[Tensor, "b groups queries d"]) -> None:
         """The adjoint of `queries`, in place."""
         add_at(self.queries, whole, part)
@@ -131,6 +135,9 @@ class Only(KeySet):
 
     def place(self, y, grid, fill=0.0):
         return self.whole.place(y, grid, fill)
+
+    def split(self, groups, most):
+        return self.whole.split(groups, most)
 
     def ready(self, grid, device):
         return replace(self, whole=self.whole.ready(grid, device))
@@ -314,32 +321,75 @@ class Gathered(KeySet):
         return self.kept_tables(grid, torch.device(device))[1]
 
 
-def taken(keys: Gathered, grid: Grid, across: bool, device) -> tuple[Int[Tensor, "entries"], Int[Tensor, "N"]]:
-    """Which of the entries (groups, keys) are of each position, and where those of each begin; ``across``: (keys,
-    groups). Without what no query sees.
+@dataclass(frozen=True)
+class Positions(Gathered):
+    """Groups whose keys are positions of the grid, and of which many share a key."""
+
+    overlap = True
+
+    def keys(self, x):
+        return self.gathered(x, self.kept_tables(Grid(*x.shape[1:3]), x.device)[0])
+
+    def split(self, groups, most):
+        if groups <= most:
+            return super().split(groups, most)
+        size = -(-groups // -(-groups // most))  # alike
+        ends = [(start, min(start + size, groups)) for start in range(0, groups, size)]
+        return [(Some(self, *some), slice(*some)) for some in ends]
+
+    def add_keys(self, whole, part):
+        grid, whole, part = Grid(*whole.shape[1:3]), whole.flatten(1, 2), part.to(whole.dtype)
+        if whole.device.type != "cpu":
+            at, _ = self.kept_tables(grid, whole.device)
+            whole.index_add_(1, at.flatten(), part.flatten(1, 2))
+            return
+        across = part.transpose(1, 2).is_contiguous()  # as gradients of torch's kernel on a CPU lie
+        entries, starts, first = kept(taken, self, grid, across, device=whole.device)
+        part = (part.transpose(1, 2) if across else part).flatten(1, 2)
+        for one, some in zip(whole.narrow(1, int(first), len(starts)), part):
+            one += F.embedding_bag(entries, some, starts, mode="sum")  # two thirds of the time of index_add_
+
+
+@dataclass(frozen=True)
+class Some(Positions):
+    """The keys alone of some groups of a set."""
+
+    whole: Positions
+    first: int
+    end: int
+
+    def tables(self, grid, device):
+        return tuple(t[self.first : self.end] for t in self.whole.kept_tables(grid, device))
+
+
+def taken(keys: Gathered, grid: Grid, across: bool, device) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the entries (groups, keys) are of each position, where those of each begin, and the first position.
+
+    Of the positions up to the last that has any. Without what no query sees; ``across``: (keys, groups).
     """
     at, seen = keys.kept_tables(grid, torch.device(device))
     numbers, seen = torch.arange(at.numel(), device=device), seen.any(dim=1)
     numbers = numbers.view(at.T.shape).T if across else numbers.view(at.shape)
     positions, order = at[seen].sort(stable=True)
-    return numbers[seen][order], torch.searchsorted(positions, torch.arange(grid.size, device=device))
+    first, end = (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)
+    starts = torch.searchsorted(positions, torch.arange(first, end, device=device))
+    return numbers[seen][order], starts, torch.tensor(first)
 
 
 @dataclass(frozen=True)
-class Neighbours(Gathered):
+class Neighbours(Positions):
     """Every position with the window around it: ``radius`` = (down, right) steps of ``dilation`` = (down, right).
 
     Positions that the dilation does not mix are a grid of their own, a class. Each is cut into tiles of queries, with
-    the keys that these see between them. ``past``: only what comes before in raster order, and itself. ``shift``: at
-    the border a window moves inwards, where else it is cut off.
+    the keys that these see between them. Groups are tiles in raster order, of each the classes: a few of them are near
+    one another. ``past``: only what comes before in raster order, and itself. ``shift``: at the border a window moves
+    inwards, where else it is cut off.
     """
 
     radius: tuple[int, int]
     dilation: tuple[int, int] = (1, 1)
     past: bool = False
     shift: bool = False
-
-    overlap = True
 
     def tile(self, device) -> tuple[int, int]:
         """Queries of a tile down and right: so many that a tile's keys are at most 1.6 windows long and wide.
@@ -366,9 +416,9 @@ class Neighbours(Gathered):
         """
         n = self.sizes(*grid, device)
         number = torch.arange(n["sy"] * n["sx"] * n["y"] * n["x"], device=device).view(-1, 1, 1)
-        rest, tile_x = rows_and_columns(number, n["x"])
-        rest, tile_y = rows_and_columns(rest, n["y"])
-        class_y, class_x = rows_and_columns(rest, n["sx"])
+        rest, class_x = rows_and_columns(number, n["sx"])
+        rest, class_y = rows_and_columns(rest, n["sy"])
+        tile_y, tile_x = rows_and_columns(rest, n["x"])
         found = []
         for tile, first, length, size, radius, step, before in (
             (tile_y, class_y, grid.height, n["p"], self.radius[0], n["sy"], self.past),
@@ -389,7 +439,7 @@ class Neighbours(Gathered):
         height, width = x.shape[1:3]
         n = self.sizes(height, width, x.device)
         x = pad(x, 0, 0, 0, n["x"] * n["q"] * n["sx"] - width, 0, n["y"] * n["p"] * n["sy"] - height)
-        return rearrange(x, "b (y p sy) (x q sx) d -> b (sy sx y x) (p q) d", **n)
+        return rearrange(x, "b (y p sy) (x q sx) d -> b (y x sy sx) (p q) d", **n)
 
     def tables(self, grid, device):
         (qy, ky, *down), (qx, kx, *right) = self.axes(grid, device)
@@ -401,26 +451,12 @@ class Neighbours(Gathered):
         at = rearrange(rows * grid.width + columns, "g 1 1 ky kx -> g (ky kx)")
         return at, rearrange(seen, "g p q ky kx -> g (p q) (ky kx)")
 
-    def keys(self, x):
-        return self.gathered(x, self.kept_tables(Grid(*x.shape[1:3]), x.device)[0])
-
     def place(self, y, grid, fill=0.0):
-        y = rearrange(y, "b (sy sx y x) (p q) d -> b (y p sy) (x q sx) d", **self.sizes(*grid, y.device))
+        y = rearrange(y, "b (y x sy sx) (p q) d -> b (y p sy) (x q sx) d", **self.sizes(*grid, y.device))
         return y.narrow(1, 0, grid.height).narrow(2, 0, grid.width)
 
     def add_queries(self, whole, part):
         whole += self.place(part, Grid(*whole.shape[1:3]))
-
-    def add_keys(self, whole, part):
-        grid, whole, part = Grid(*whole.shape[1:3]), whole.flatten(1, 2), part.to(whole.dtype)
-        if whole.device.type != "cpu":
-            at, _ = self.kept_tables(grid, whole.device)
-            whole.index_add_(1, at.flatten(), part.flatten(1, 2))
-            return
-        across = part.transpose(1, 2).is_contiguous()  # as gradients of torch's kernel on a CPU lie
-        entries, starts = kept(taken, self, grid, across, device=whole.device)
-        for one, some in zip(whole, (part.transpose(1, 2) if across else part).flatten(1, 2)):
-            one += F.embedding_bag(entries, some, starts, mode="sum")  # two thirds of the time of index_add_
 
     def kept(self, grid):
         return min(grid.height, self.radius[0] * self.dilation[0] + 1), 0, grid.width

@@ -36,10 +36,10 @@ class Pyramid(Directed):
         return reduce(lambda a, b: a | b, (self.seen(level, qy, qx, ky, kx, grid) for level in levels))
 
     def known(self, x, grid):
-        first, pixels = grid.split(x)
-        pixels = grid.maps(pixels)
-        cells = [rearrange(means(pixels, side), "(B n) h w d -> B n (h w) d", n=x.shape[1]) for side in self.sides]
-        return torch.cat([first, *cells], dim=2)
+        _, pixels = grid.split(x)
+        pixels = rearrange(pixels, "B n (H W) d -> B H W (n d)", H=grid.height, W=grid.width)  # as projections lie
+        cells = [means(pixels, side) for side in self.sides[1:]]
+        return torch.cat([x, *(rearrange(t, "B h w (n d) -> B n (h w) d", n=x.shape[1]) for t in cells)], dim=2)
 
     def known_masks(self, heads, grid, prefix=0, device=None):
         y, x = (c.flatten() for c in torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))

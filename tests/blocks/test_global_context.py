@@ -68,6 +68,14 @@ def test_the_order_of_pixels_does_not_matter():
     torch.testing.assert_close(block(shuffled(x)), shuffled(block(x)), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_and_their_gradients_are_right_and_lie_as_the_pixels_do(layout):
+    block = create_block("global_context", 5, fusion="both").double()
+    x = torch.randn(2, 5, 3, 7, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(block, x) and torch.autograd.gradgradcheck(block, x)
+    assert torch.autograd.grad(block(x), x, torch.randn_like(x))[0].is_contiguous(memory_format=layout)
+
+
 def test_its_map_sums_to_one():
     block, x = create_block("global_context", DIM).double(), torch.randn(2, DIM, 11, 13, dtype=torch.float64)
     seen = block.attention_map(x)

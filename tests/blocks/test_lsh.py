@@ -194,6 +194,25 @@ def test_later_pixels_change_no_bit_of_what_earlier_ones_get(
 # The engine's table
 
 
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_images_and_heads_are_computed_a_few_at_a_time(prefix, monkeypatch):
+    """Which changes neither outputs nor gradients; five of the six go together, and one alone."""
+    block, used, merge = new(rounds=2, heads=3, dim=15), [], buckets.Merged.apply
+    inputs = [t.requires_grad_() for t in tokens(heads=3, prefix=prefix)]
+    slope = torch.randn(inputs[0].shape, dtype=torch.float64)
+
+    def answers():
+        out = block.mix(*inputs, GRID)
+        return [out, *torch.autograd.grad(out, inputs[::2], slope)]  # keys are made of queries
+
+    wanted = answers()
+    monkeypatch.setattr(buckets, "AT_ONCE", 5 * GRID.size * 5)
+    monkeypatch.setattr(buckets.Merged, "apply", lambda *args: used.append(len(args[-1])) or merge(*args))
+    for one, other in zip(answers(), wanted):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    assert used == [5, 1]
+
+
 @pytest.mark.parametrize("count, size", [(1, 1), (3, 5), (300, 4), (7, 32)])
 def test_every_token_has_a_slot_in_a_chunk_of_its_bucket_in_raster_order(count, size):
     bucket = torch.randint(count, (3, 187))

@@ -7,7 +7,7 @@ import torch
 from conftest import chosen, in_turn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vision_attn import Grid, create_block
+from vision_attn import Grid, create_block, route
 from vision_attn.blocks.adaptive_span import Others
 from vision_attn.engines import flash, union
 from vision_attn.mixer import softmax_over
@@ -74,6 +74,23 @@ def test_keys_that_groups_share_are_folded_for_few_images_at_a_time(name, prefix
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     pieces = -(-BATCH * HEADS // 2)
     assert calls == {way: (pieces + 1) * count for way, count in before.items()}
+
+
+@pytest.mark.parametrize("name", ["window", "dilated", "global_tokens", "adaptive_span"])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_keys_that_groups_share_are_folded_for_few_groups_at_a_time(name, prefix, calls, monkeypatch):
+    """Where one map is more than is folded at once; `Only` takes part in this, and so does a bias."""
+    options = dict(span=2) if name == "adaptive_span" else dict(kernel_size=3)
+    block, grid = create_block(name, KEY * HEADS, num_heads=HEADS, **options).double(), Grid(13, 17)
+    tensors = inputs(grid, prefix)
+    with route("union"):
+        at_once = outputs_and_gradients(block, tensors, grid)
+        before = dict(calls)
+        monkeypatch.setattr(flash, "AT_ONCE", grid.size * KEY // 3)
+        in_parts = outputs_and_gradients(block, tensors, grid)
+    for one, other in zip(in_parts, at_once):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert all(calls[way] - count >= (count + 2) * BATCH * HEADS for way, count in before.items())
 
 
 def test_several_sets_are_merged_and_one_is_not(pattern_case, calls):

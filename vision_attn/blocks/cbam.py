@@ -70,7 +70,8 @@ class Block(Gate):
 
     def channel_gate(self, x):
         """(B, C, 1, 1), in [0, 1] and at least float32."""
-        scores = self.mlp(x.mean(dim=(2, 3))) + self.mlp(largest(x.flatten(2), 2)[..., 0])
+        pooled = torch.stack([x.mean(dim=(2, 3)), largest(x.flatten(2), 2)[..., 0]])  # (2, B, C)
+        scores = self.mlp(pooled).sum(dim=0)
         return scores.to(at_least_float32(scores)).sigmoid()[:, :, None, None]
 
     def spatial_gate(self, x):

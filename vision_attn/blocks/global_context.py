@@ -15,11 +15,13 @@ and linear layers start as torch's do (the code: Kaiming). The LayerNorm has the
 from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from .. import check
 from ..gate import Gate
 from ..precision import at_least_float32, outside_autocast, scaled, weight_of
+from ..traced import is_traced, is_transformed
 
 
 class Block(Gate):
@@ -69,10 +71,10 @@ class Block(Gate):
         wide = at_least_float32(x)
         with outside_autocast(x):  # its gradient, a sum over channels, may leave float16
             shares, pixels = self.shares(x).flatten(1), x.to(wide).flatten(2)  # (B, N), (B, C, N)
-            if x.is_contiguous():  # either way the gradient of the pixels lies in memory as they do
-                context = (pixels @ shares[:, :, None])[:, :, 0].to(x.dtype)
+            if torch.is_grad_enabled() and x.is_contiguous() and not (is_traced() or is_transformed()):
+                context = Summary.apply(pixels, shares).to(x.dtype)
             else:
-                context = (shares[:, None] @ pixels.transpose(1, 2))[:, 0].to(x.dtype)
+                context = summary(pixels, shares).to(x.dtype)
         if self.multiply is not None:
             x = scaled(x, self.multiply(context).to(wide).sigmoid()[:, :, None, None])
         if self.add is not None:
@@ -111,3 +113,22 @@ class Block(Gate):
             out = (last.weight @ hidden + last.bias)[:, None, None]
             image = image / (1 + torch.exp(-out)) if name == "multiply" else image + out
         return image
+
+
+def summary(pixels: Float[Tensor, "B C N"], shares: Float[Tensor, "B N"]) -> Float[Tensor, "B C"]:
+    """Σ_n shares_n pixels_n of each image: a row times a matrix, which torch has fast for several images, too."""
+    return (shares[:, None] @ pixels.transpose(1, 2))[:, 0]
+
+
+class Summary(torch.autograd.Function):
+    """`summary` of pixels whose gradient lies in memory as they do, where the product's would lie across."""
+
+    @staticmethod
+    def forward(ctx, pixels, shares):
+        ctx.save_for_backward(pixels, shares)
+        return summary(pixels, shares)
+
+    @staticmethod
+    def backward(ctx, slope):
+        pixels, shares = ctx.saved_tensors
+        return slope[:, :, None] * shares[:, None], (slope[:, None] @ pixels)[:, 0]

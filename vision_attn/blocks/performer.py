@@ -92,8 +92,11 @@ class Block(Mixer):
             if self.causal:
                 return self.mix_past(q, k, v, grid)
             of_keys = self.exponents(k)
-            sums = of_keys.logsumexp(dim=-2, keepdim=True)  # of a feature over all positions
-            return attend((self.exponents(q) + sums).softmax(dim=-1), of_keys.softmax(dim=-2), v)
+            largest = of_keys.detach().amax(dim=-2, keepdim=True)  # of a feature over all positions, as the sum
+            of_keys = (of_keys - largest).exp()
+            total = of_keys.sum(dim=-2, keepdim=True)
+            of_queries = (self.exponents(q) + (largest + total.log())).softmax(dim=-1)
+            return (of_queries @ (state(of_keys, v) / total.transpose(-2, -1))).to(v.dtype)
 
     def mix_past(self, q, k, v, grid):
         """`mix` of each position with what comes before it."""

@@ -91,7 +91,7 @@ class Block(PatternMixer):
 
     def boom(self, z: Float[Tensor, "*B dim"]) -> Float[Tensor, "*B dim"]:
         """A feed-forward layer without the second matrix: the wide activations are summed, chunk by chunk."""
-        wide = F.gelu(self.proj(z)).unflatten(-1, (-1, self.dim))
+        wide = F.gelu(self.proj(z).unflatten(-1, (-1, self.dim)))  # in chunks, to which the sum's gradient is expanded
         return wide.sum(dim=-2, dtype=wide.dtype)  # CUDA's autocast would give float32
 
 

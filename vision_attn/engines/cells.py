@@ -37,8 +37,8 @@ def sums(x, side):
     else:  # a cell larger than the image is the image
         p, q = min(side, height), min(side, width)
     cells = pad(x, 0, 0, 0, right * q - width, 0, down * p - height)
-    cells = rearrange(cells, "b (y p) (x q) d -> b y x (p q) d", p=p, q=q)
-    return cells.sum(dim=3, dtype=at_least_float32(x))
+    cells = rearrange(cells, "b (y p) (x q) d -> b y p x q d", p=p, q=q)  # a view
+    return cells.sum(dim=2, dtype=at_least_float32(x)).sum(dim=3)
 
 
 def count(length, side: int):

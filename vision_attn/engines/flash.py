@@ -25,7 +25,7 @@ from ..traced import is_passing, is_traced, is_transformed
 aten = torch.ops.aten
 
 BLOCKS = 65_535  # that a grid of CUDA has along its second and third axis
-AT_ONCE = 2**17  # numbers of queries whose keys overlap
+AT_ONCE = 2**16  # numbers of queries whose keys overlap
 
 
 class Cpu:
@@ -278,7 +278,10 @@ def merged(
 
 
 def pieces(sets: list[KeySet], *tensors: Float[Tensor, "b ..."]) -> zip:
-    """The tensors along b: at once but where keys are copied many times, so that copies fit a CPU's cache."""
+    """The tensors along b: at once but where keys are copied many times, so that copies fit a CPU's cache.
+
+    If one map is too many it is cut further, by `few`.
+    """
     few = tensors[0].device.type == "cpu" and any(keys.overlap for keys in sets)
     size = max(1, AT_ONCE // tensors[0][0].numel()) if few else len(tensors[0])
     return zip(*(t.split(size) for t in tensors))
@@ -300,9 +303,13 @@ class Merged(torch.autograd.Function):
         """Output and log-sum-exp."""
         parts, wide = [], at_least_float32(q)
         for keys, pair, mask, unseen in zip(sets, pairs, masks, hidden):
-            folded = _folded(keys, q, *known[2 * pair : 2 * pair + 2])
-            if folded[0].numel() and folded[1].numel():
-                out, lse = kernel.forward(*folded, mask, keys.causal, scale)
+            here, outs = _dense_rows(keys.queries(q)), []
+            for some, at in few(keys, here.shape[1], q):
+                k, v = (_dense_rows(some.keys(t)) for t in known[2 * pair : 2 * pair + 2])
+                if here.numel() and k.numel():
+                    outs.append(kernel.forward(here[:, at], k, v, _of(mask, at), keys.causal, scale))
+            if outs:
+                out, lse = outs[0] if len(outs) == 1 else (torch.cat(t, dim=1) for t in zip(*outs))
                 parts.append((keys, out, _filled(lse, unseen, -torch.inf)[..., None]))
         if len(parts) == 1:
             ((keys, out, lse),) = parts
@@ -338,23 +345,34 @@ class Merged(torch.autograd.Function):
     def add_slopes(kernel, sets, pairs, masks, hidden, scale, slopes, tensors, slope, out, total):
         """Adds the gradients of some of the b to ``slopes``."""
         for keys, pair, mask, unseen in zip(sets, pairs, masks, hidden):
-            known = slice(1 + 2 * pair, 3 + 2 * pair)
-            q, k, v = _folded(keys, tensors[0], *tensors[known])
-            if q.numel() and k.numel():
-                slope_here, out_here, lse = (_dense_rows(keys.queries(t)) for t in (slope, out, total))
-                lse = _filled(lse[..., 0], unseen, torch.inf)  # exp(score - inf): no weight
-                parts = kernel.backward(slope_here, q, k, v, out_here, lse, mask, keys.causal, scale)
-                keys.add_queries(slopes[0], parts[0])
-                for whole, part in zip(slopes[known], parts[1:]):
-                    keys.add_keys(whole, part)
+            known, of_q = slice(1 + 2 * pair, 3 + 2 * pair), []
+            q, slope_here, out_here, lse = (_dense_rows(keys.queries(t)) for t in (tensors[0], slope, out, total))
+            lse = _filled(lse[..., 0], unseen, torch.inf)  # exp(score - inf): no weight
+            for some, at in few(keys, q.shape[1], tensors[0]):
+                k, v = (_dense_rows(some.keys(t)) for t in tensors[known])
+                if q.numel() and k.numel():
+                    here = slope_here[:, at], q[:, at], k, v, out_here[:, at], lse[:, at], _of(mask, at)
+                    part, *parts = kernel.backward(*here, keys.causal, scale)
+                    of_q.append(part)
+                    for whole, part in zip(slopes[known], parts):
+                        some.add_keys(whole, part)
+            if of_q:
+                keys.add_queries(slopes[0], of_q[0] if len(of_q) == 1 else torch.cat(of_q, dim=1))
 
 
-def _folded(keys, q, k, v):
-    """Queries, keys and values of a set, as the kernel reads them: right only where channels lie side by side."""
-    return tuple(_dense_rows(t) for t in (keys.queries(q), keys.keys(k), keys.keys(v)))
+def few(keys: KeySet, groups: int, x: Float[Tensor, "b H W d"]) -> list[tuple[KeySet, slice]]:
+    """A key set with all of its groups at once, or parts of it: see `pieces`."""
+    if x.device.type != "cpu" or x.numel() <= AT_ONCE:
+        return [(keys, slice(None))]
+    return keys.split(groups, max(1, groups * AT_ONCE // x.numel()))
+
+
+def _of(mask: Tensor | None, groups: slice) -> Tensor | None:
+    return None if mask is None else mask[:, groups]
 
 
 def _dense_rows(t: Tensor) -> Tensor:
+    """As the kernel reads it: rightly only where channels lie side by side."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
