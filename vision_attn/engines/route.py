@@ -28,7 +28,7 @@ LARGEST_ON_CUDA = 4096  # positions
 PAIRS_OF_LAUNCHES = 2.5e8
 SHORT = 24  # rows and columns up to which scores are concatenated
 # Fitted on a CPU to forward and backward at 14×14 and 20×20, in the time of a pair of a masked N×N call:
-GATHERED = 3.3  # a pair of a key set whose groups share keys
+GATHERED = 1.8  # a pair of a key set whose groups share keys
 QUERY = 120  # a query of a key set: its fold, its share of a call, its merge
 
 _asked: ContextVar[str] = ContextVar("asked", default="auto")
