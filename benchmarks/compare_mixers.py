@@ -170,7 +170,7 @@ def compare(
         epochs: of each run; null: 3 of CIFAR-10, 6 of Pathfinder, 10 of others.
         seeds: runs of each mixer.
         depth: layers of the ViT; null: 4 for Pathfinder, 2 for others.
-        options: of blocks that are given without, by name; of others those that fit 8×8 positions.
+        options: of blocks that are given without, by name; of others those that fit the grid.
         training: further words for train_imagenet.py, the same for all runs.
         repeats: timed steps of each; the median counts.
         device: cpu or cuda.

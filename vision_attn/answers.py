@@ -72,28 +72,41 @@ def answer(name: str, mixer: bool, causal: bool, dtype: torch.dtype, device: tor
     worst = [0.0, 0.0]
     try:
         for grid, prefix in PLACES:
-            shape = (BATCH, prefix + grid.size, DIM) if mixer else (BATCH, DIM, *grid)
-            block = made(name, mixer, causal).to(dtype)
-            x, slope = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
-            here = both_ways(copy.deepcopy(block).to(device), x.to(device), slope.to(device), grid, mixer)
-            exact = block.double()
-            wanted = both_ways(exact, x.double(), slope.double(), grid, mixer)
-            rng, swayed = torch.Generator().manual_seed(2), []
-            for _ in range(DRAWS):
-                moved = copy.deepcopy(exact)
-                with torch.no_grad():
-                    for p in moved.parameters():
-                        p.copy_(rounded(p, dtype, rng))
-                swayed.append(both_ways(moved, rounded(x.double(), dtype, rng), slope.double(), grid, mixer))
-            least = 0.01 * max(t.norm().item() for t in wanted[1:])  # for gradients that vanish
-            for i, (one, other, *sways) in enumerate(zip(here, wanted, *swayed)):
-                size = max(other.norm().item(), least if i else 0.0)
-                error, *moves = ((t.double().cpu() - other).norm().item() / size for t in (one, *sways))
-                share = error / (ROUNDING[dtype] * (3 if i else 1) + SWAY * max(moves))
+            for i, share in enumerate(shares_of(made(name, mixer, causal), mixer, grid, prefix, dtype, device)):
                 worst[i > 0] = max(worst[i > 0], share if math.isfinite(share) else math.inf)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         return Answer(name, causal, dtype, *worst, " ".join(f"{type(error).__name__}: {error}".split()))
     return Answer(name, causal, dtype, *worst, "")
+
+
+def shares_of(block, mixer: bool, grid: Grid, prefix: int, dtype: torch.dtype, device: torch.device) -> list[float]:
+    """Errors of the output and of each gradient, as shares of what they are allowed."""
+    shape = (BATCH, prefix + grid.size, DIM) if mixer else (BATCH, DIM, *grid)
+    x, slope = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+    block = block.to(dtype)
+    here = both_ways(copy.deepcopy(block).to(device), x.to(device), slope.to(device), grid, mixer)
+    exact, x, slope, rng = block.double(), x.double(), slope.double(), torch.Generator().manual_seed(2)
+    wanted = both_ways(exact, x, slope, grid, mixer)
+    least = 0.01 * max(t.norm().item() for t in wanted[1:])  # for gradients that vanish
+    sizes = [max(t.norm().item(), least if i else 0.0) for i, t in enumerate(wanted)]
+
+    def away(got):
+        return [(one.double().cpu() - other).norm().item() / size for one, other, size in zip(got, wanted, sizes)]
+
+    errors, moves, shares = away(here), [0.0] * len(here), []
+    for _ in range(DRAWS):
+        moved = copy.deepcopy(exact)
+        with torch.no_grad():
+            for p in moved.parameters():
+                p.copy_(rounded(p, dtype, rng))
+        moves = list(map(max, moves, away(both_ways(moved, rounded(x, dtype, rng), slope, grid, mixer))))
+        shares = [
+            error / (ROUNDING[dtype] * (3 if i else 1) + SWAY * move)
+            for i, (error, move) in enumerate(zip(errors, moves))
+        ]
+        if max(shares) <= 1:
+            break
+    return shares
 
 
 def rounded(t: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:

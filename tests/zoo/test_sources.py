@@ -79,6 +79,7 @@ PAPERS = {
     "2105.08050": ("Liu", "gMLP", "Pay Attention to MLPs"),
     "2105.14103": ("Zhai", "AFT", "An Attention Free Transformer"),
     "2106.01540": ("Ma", "Luna", "Luna: Linear Unified Nested Attention"),
+    "2106.14881": ("Xiao", "ViT-C", "Early Convolutions Help Transformers See Better"),
     "2107.00645": ("Rao", "GFNet", "Global Filter Networks for Image Classification"),
     "2209.15001": ("Hassani", "DiNAT", "Dilated Neighborhood Attention Transformer"),
     "2303.08810": ("Zhu", "BiFormer", "BiFormer: Vision Transformer with Bi-Level Routing Attention"),
