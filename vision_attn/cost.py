@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -73,7 +74,10 @@ def peak_memory(call: Callable[[], object], device: str | torch.device) -> float
     collects = gc.isenabled()
     gc.disable()  # what is freed of earlier calls would count
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with (
+            warnings.catch_warnings(action="ignore", category=UserWarning),  # torch 2.11 tells of itself
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+        ):
             call()
     finally:
         if collects:

@@ -129,8 +129,9 @@ class Block(Mixer):
     def soft_mask(self, distance):
         """m of each head at some distances, (heads, …)."""
         z = self.spans().reshape(-1, *(1 for _ in distance.shape))
-        m = ((self.ramp + z - (distance - self.nearest)) / self.ramp).clamp(0, 1)
-        return m.masked_fill(distance < self.nearest, 0)
+        m = (self.ramp + z - (distance - self.nearest)) / self.ramp
+        m = m.masked_fill(m >= 1, 1)  # not clamped, whose gradient at 1 is not the same in all versions of torch
+        return m.masked_fill((m <= 0) | (distance < self.nearest), 0)
 
     def bias(self, distance):
         """log m; where m is 0, half the least number, without a gradient."""
@@ -206,7 +207,8 @@ class Block(Mixer):
         x = torch.where(down.abs() > right.abs(), down.abs(), right.abs())
         if self.nearest:
             x = torch.where(x == 0, self.span + self.ramp + 1, x - 1).to(q.dtype)  # itself is out of sight
-        m = torch.stack([((self.ramp + z_of_head - x) / self.ramp).clamp(min=0, max=1) for z_of_head in z])
+        rest = torch.stack([(self.ramp + z_of_head - x) / self.ramp for z_of_head in z])
+        m = torch.where(rest >= 1, 1.0, torch.where(rest > 0, rest, 0.0))
         m = F.pad(m, (prefix, 0, prefix, 0), value=1.0)
         if self.causal:
             m = m * Past().mask(grid, prefix, q.device)
