@@ -113,7 +113,7 @@ class Block(Mixer):
         """z of each head, in pixels: what the paper's penalty is on."""
         reach = self.reach.to(at_least_float32(self.reach))
         # torch.jit.trace takes no function with a gradient of its own: there, none passes beyond
-        return self.span * (reach.clamp(0, 1) if torch.jit.is_tracing() else Held.apply(reach))
+        return self.span * (reach.clamp(0.0, 1.0) if torch.jit.is_tracing() else Held.apply(reach))
 
     @property
     def pattern(self) -> Pattern:
@@ -244,7 +244,7 @@ class Held(torch.autograd.Function):
 
     @staticmethod
     def forward(x):
-        return x.clamp(0, 1)
+        return x.clamp(0.0, 1.0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
