@@ -76,7 +76,7 @@ class Block(Mixer):
             *(torch.arange(n, device=self.a_r.device, dtype=dtype) - (n - 1) / 2 for n in grid), indexing="ij"
         )
         for place, log_sigma, a in zip(places, (self.log_sigma_r, self.log_sigma_c), (self.a_r, self.a_c)):
-            narrow = (-2 * log_sigma.to(dtype)).exp()[:, None]  # 1 / σ²
+            narrow = (-2.0 * log_sigma.to(dtype)).exp()[:, None]  # 1 / σ²
             key = place.flatten().expand(self.num_heads, -1)
             query = key + a.to(dtype)[:, None]
             of_q.append(query * narrow)
