@@ -48,6 +48,13 @@ def test_benchmark_writes_ratios(tmp_path, names):
     assert path.with_suffix(".png").stat().st_size > 1000 and len(path.read_text().splitlines()) == len(lines)
 
 
+def test_several_images_make_up_the_positions_asked_for(tmp_path):
+    path, options = tmp_path / "mixers.csv", dict(heads=2, channels=8, repeats=1, blocks=["window", "cbam"])
+    attention.benchmark(sizes=((3, 5), (7, 5)), positions=110, path=str(path), **options)
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()[1:]))
+    assert [(row["height"], row["batch"]) for row in rows] == [("3", "7")] * 2 + [("7", "3")] * 2
+
+
 def test_benchmark_runs_attention_alone_where_that_is_all():
     mixers = [create_block(name, 96) for name in list_blocks() if describe(name).kind == "mixer"]
     whole = {type(made).__module__.rpartition(".")[2] for made in mixers if attention.runs_whole(made)}

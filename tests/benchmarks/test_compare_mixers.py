@@ -110,6 +110,13 @@ def test_a_run_that_diverged_is_told_of_and_one_that_was_stopped_ends_the_call(t
     assert compare_mixers.trained([], tmp_path, 2) is None
 
 
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_what_was_asked_for_is_done_once_by_several_jobs(jobs):
+    asked = [(seed, "digits", place) for seed in range(2) for place in range(5)]
+    done = list(compare_mixers.outcomes(lambda what: what[0] + 10 * what[2], asked, jobs))
+    assert sorted(done) == [(what, what[0] + 10 * what[2]) for what in asked]
+
+
 def test_names_in_the_picture_do_not_hide_one_another():
     from matplotlib.figure import Figure
 

@@ -46,17 +46,18 @@ def test_blocks_are_those_of_the_mask(pattern_case, monkeypatch):
     monkeypatch.setattr(flex, "BLOCK", 16)
     for step, grid, prefix in product(steps(pattern_case), GRIDS, PREFIXES):
         tokens = prefix + grid.size
-        some, which, whole, which_whole, *_, unseen = flex._blocks(
-            step.pattern, HEADS, grid, tokens, tokens, torch.device("cpu")
-        )
+        *blocks, unseen = flex._blocks(step.pattern, HEADS, grid, tokens, tokens, torch.device("cpu"))
+        some, which, whole, which_whole, by_key, which_by_key, whole_by_key, which_whole_by_key = (t[0] for t in blocks)
         mask = step.pattern.head_masks(HEADS, grid, prefix)
         pad = -tokens % 16
         cells = torch.nn.functional.pad(mask, (0, pad, 0, pad)).unflatten(2, (-1, 16)).unflatten(1, (-1, 16))
         count = cells.sum(dim=(2, 4))
         assert mask.any(-1).all() if unseen is None else torch.equal(unseen[0], ~mask.any(-1))
         for number, places, wanted in (
-            (some[0], which[0], (count > 0) & (count < 256)),
-            (whole[0], which_whole[0], count == 256),
+            (some, which, (count > 0) & (count < 256)),
+            (whole, which_whole, count == 256),
+            (by_key, which_by_key, ((count > 0) & (count < 256)).mT),
+            (whole_by_key, which_whole_by_key, (count == 256).mT),
         ):
             got = torch.zeros_like(wanted)
             for head, row in ((head, row) for head in range(HEADS) for row in range(wanted.shape[1])):

@@ -282,8 +282,8 @@ def pieces(sets: list[KeySet], *tensors: Float[Tensor, "b ..."]) -> zip:
 
     If one map is too many it is cut further, by `few`.
     """
-    few = tensors[0].device.type == "cpu" and any(keys.overlap for keys in sets)
-    size = max(1, AT_ONCE // tensors[0][0].numel()) if few else len(tensors[0])
+    copied = tensors[0].device.type == "cpu" and any(keys.overlap for keys in sets)
+    size = max(1, AT_ONCE // tensors[0][0].numel()) if copied else len(tensors[0])
     return zip(*(t.split(size) for t in tensors))
 
 
