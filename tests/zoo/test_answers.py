@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_cuda_kernel import FAULTS, UNHARMED, Double
 
-from vision_attn import answers
+from vision_attn import answers, create_block
 from vision_attn.__main__ import main
 from vision_attn.blocks import cbam, criss_cross
 from vision_attn.engines import flash, union
@@ -84,6 +84,17 @@ def test_a_kernel_that_is_not_trusted_is_named(monkeypatch, capsys):
     assert main(["check", "dense", "--device", "cpu"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "NOT used" in line]
     assert len(said) == 1 and "bfloat16" in said[0] and "relative errors [0.5]" in said[0]
+
+
+def test_a_choice_that_rounding_turns_over_is_no_fault(monkeypatch):
+    """With these weights one rounding of the input turns over none, but rounding on the way does."""
+
+    def made(name, mixer, causal):
+        torch.manual_seed(3)
+        return create_block(name, answers.DIM, num_heads=answers.HEADS).eval()
+
+    monkeypatch.setattr(answers, "made", made)
+    assert all(found.right for found in verdicts("prob_sparse").values())
 
 
 def test_no_block_is_no_check():
