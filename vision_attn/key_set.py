@@ -58,6 +58,7 @@ class KeySet:
 
     causal = False
     overlap = False  # whether groups share keys, so that all groups' keys are many times the grid
+    every = True  # whether every position is a query
 
     def queries(self, x: Shaped[Tensor, "b H W d"]) -> Shaped[Tensor, "b groups queries d"]:
         """The queries of each group, padded with zeros where the grid does not divide."""
@@ -127,6 +128,10 @@ class Only(KeySet):
     def overlap(self):
         return self.whole.overlap
 
+    @property
+    def every(self):
+        return self.whole.every
+
     def queries(self, x):
         return self.whole.queries(x)
 
@@ -189,6 +194,23 @@ class Rows(KeySet):
 
 
 @dataclass(frozen=True)
+class Itself(KeySet):
+    """Every position with itself alone. A view, no copy."""
+
+    def queries(self, x):
+        return rearrange(x, "b H W d -> b (H W) 1 d")
+
+    def place(self, y, grid, fill=0.0):
+        return rearrange(y, "b (H W) 1 d -> b H W d", H=grid.height, W=grid.width)
+
+    def kept(self, grid):
+        return 1, 0, grid.width
+
+    def seen_from(self, y, x, grid):
+        return [(slice(y, y + 1), slice(x, x + 1))]
+
+
+@dataclass(frozen=True)
 class Columns(KeySet):
     """Every position with its own column, with or without itself. A view, no copy."""
 
@@ -198,6 +220,10 @@ class Columns(KeySet):
     @property
     def above(self) -> bool:
         return self.causal and not self.with_self
+
+    @property
+    def every(self):
+        return not self.above
 
     def queries(self, x):
         return (x.narrow(1, 1, x.shape[1] - 1) if self.above else x).transpose(1, 2)
@@ -254,46 +280,6 @@ class Tiles(KeySet):
     def mask(self, grid, device):
         _, key = self.numbers(grid, device)
         return (key >= 0)[:, None]
-
-
-@dataclass(frozen=True)
-class AdjacentRows(KeySet):
-    """Every position with its own row, ``above`` rows before it and ``below`` after it, as far as ``sees`` says."""
-
-    above: int
-    below: int
-
-    def sees(self, dy, qx, kx, width: int):
-        """Whether the query in column qx sees the key in column kx, dy rows further down."""
-        raise NotImplementedError
-
-    def queries(self, x):
-        return x
-
-    def keys(self, x):
-        padded = F.pad(x, (0, 0, 0, 0, self.above, self.below))
-        return torch.cat([padded.narrow(1, i, x.shape[1]) for i in range(self.above + 1 + self.below)], dim=2)
-
-    def add_keys(self, whole, part):
-        height, width = whole.shape[1:3]
-        for i, dy in enumerate(range(-self.above, self.below + 1)):
-            rows = height - abs(dy)
-            if rows > 0:
-                there = part[:, max(0, -dy) : max(0, -dy) + rows, i * width : (i + 1) * width]
-                whole[:, max(0, dy) : max(0, dy) + rows] += there
-
-    def place(self, y, grid, fill=0.0):
-        return y
-
-    def mask(self, grid, device):
-        y, x = (torch.arange(n, device=device) for n in grid)
-        dy = torch.arange(-self.above, self.below + 1, device=device)[:, None]
-        inside = (y[:, None, None] + dy >= 0) & (y[:, None, None] + dy < grid.height)  # (H, rows, 1)
-        seen = self.sees(dy, x[:, None, None], x, grid.width)  # (W, rows, W)
-        return (inside[:, None] & seen).flatten(2)
-
-    def kept(self, grid):
-        return min(grid.height, self.above + 1), 0, grid.width
 
 
 @dataclass(frozen=True)
@@ -492,6 +478,8 @@ class SeenByAll(KeySet):
 @dataclass(frozen=True)
 class SeesAll(SeenByAll):
     """The first ``tokens`` positions with all the others."""
+
+    every = False
 
     def queries(self, x):
         return self.first(x)

@@ -117,7 +117,7 @@ class FirstRows(KeySet):
 
     rows: int
 
-    causal = True
+    causal, every = True, False
 
     def queries(self, x):
         return x[:, : self.rows].flatten(1, 2)[:, None]
@@ -134,7 +134,7 @@ class Bands(KeySet):
     memory: int
     band: int
 
-    causal = True
+    causal, every = True, False
 
     def queries(self, x):
         later = x[:, self.memory :]

@@ -176,6 +176,8 @@ class OtherRows(AllRows):
 class EarlierRows(Columns):
     """Every position below the first row with the summaries of all rows above."""
 
+    every = False
+
     def queries(self, x):
         return Everything().queries(x.narrow(1, 1, x.shape[1] - 1))
 
@@ -242,6 +244,7 @@ class UpperHalf(Columns):
     """
 
     rows: int
+    every = False
 
     def pairs(self, x):
         """(b, pairs, 2, rows, W, d), as many pairs as have rows in the lower block; padded with zeros."""

@@ -29,8 +29,11 @@ Without ``causal`` the pattern is our reading: the paper has none.
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
+
 from .. import check
-from ..key_set import AdjacentRows, Columns
+from ..key_set import Columns, KeySet
 from ..mixer import PatternMixer
 from ..pattern import Column, Directed, PerHead
 
@@ -44,7 +47,7 @@ class Local(Directed):
         return (behind < grid.width) & (behind >= 0 if self.past else behind > -grid.width)
 
     def key_sets(self):
-        return (Band(above=1, below=0 if self.past else 1),)
+        return (Band(self.past),)
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,47 @@ class Strided(Directed):
 
 
 @dataclass(frozen=True)
-class Band(AdjacentRows):
-    """Keys that are less than a row away in raster order."""
+class Band(KeySet):
+    """Every position with the keys of its own row, the row above and, not ``past``, the row below that are in `Local`.
 
-    def sees(self, dy, qx, kx, width):
-        if self.below:
-            return ((dy == -1) & (kx > qx)) | (dy == 0) | ((dy == 1) & (kx < qx))
-        return ((dy == -1) & (kx > qx)) | ((dy == 0) & (kx <= qx))
+    Rows beyond the border are zeros, which are not seen.
+    """
+
+    past: bool
+
+    @property
+    def rows(self) -> range:
+        """How much further down they are."""
+        return range(-1, 1 if self.past else 2)
+
+    def queries(self, x):
+        return x
+
+    def keys(self, x):
+        padded = F.pad(x, (0, 0, 0, 0, 1, 0 if self.past else 1))
+        return torch.cat([padded.narrow(1, 1 + dy, x.shape[1]) for dy in self.rows], dim=2)
+
+    def add_keys(self, whole, part):
+        height, width = whole.shape[1:3]
+        for i, dy in enumerate(self.rows):
+            rows = height - abs(dy)
+            if rows > 0:
+                there = part[:, max(0, -dy) : max(0, -dy) + rows, i * width : (i + 1) * width]
+                whole[:, max(0, dy) : max(0, dy) + rows] += there
+
+    def place(self, y, grid, fill=0.0):
+        return y
+
+    def mask(self, grid, device):
+        y, x = (torch.arange(n, device=device) for n in grid)
+        dy, query = torch.tensor(self.rows, device=device)[:, None], x[:, None, None]
+        inside = (y[:, None, None] + dy >= 0) & (y[:, None, None] + dy < grid.height)  # (H, rows, 1)
+        own = (x <= query) if self.past else True
+        seen = ((dy == -1) & (x > query)) | ((dy == 0) & own) | ((dy == 1) & (x < query))  # (W, rows, W)
+        return (inside[:, None] & seen).flatten(2)
+
+    def kept(self, grid):
+        return min(grid.height, 2), 0, grid.width
 
     def seen_from(self, y, x, grid):
         return [(slice(max(0, y - 1), y), slice(x + 1, grid.width)), (slice(y, y + 1), slice(0, x + 1))]

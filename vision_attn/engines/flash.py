@@ -91,6 +91,27 @@ class Cuda:
         return by_launches(call, slope, q, k, v, out.to(q.dtype), lse.float(), _expanded(_aligned_mask(mask), q))
 
 
+class Single:
+    """Groups of one query and one key, which has all of the weight, so that no kernel is needed.
+
+    Masks say nothing there: a query that sees nothing is shown its key (`added`), and left out by hand.
+    """
+
+    @staticmethod
+    def forward(q, k, v, mask, causal, scale):
+        """Output (b, groups, 1, d), the values themselves, and log-sum-exp (b, groups, 1), the scores."""
+        q, k = map(_wide, (q, k))
+        return _wide(v).clone(), scale * (q * k).sum(dim=-1)
+
+    @staticmethod
+    def backward(slope, q, k, v, out, lse, mask, causal, scale):
+        """Gradients of q, k and v."""
+        slope, q, k, v, out = map(_wide, (slope, q, k, v, out))
+        weight = (scale * (q * k).sum(dim=-1) - lse).exp()[..., None]
+        of_score = scale * weight * (slope * (v - out)).sum(dim=-1, keepdim=True)
+        return of_score * k, of_score * q, weight * slope
+
+
 def by_launches(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """``call(*tensors)``, of (b, groups, …) each, on no more images or groups than a grid of CUDA has blocks."""
     for axis in (0, 1):
@@ -307,10 +328,13 @@ class Merged(torch.autograd.Function):
             for some, at in few(keys, here.shape[1], q):
                 k, v = (_dense_rows(some.keys(t)) for t in known[2 * pair : 2 * pair + 2])
                 if here.numel() and k.numel():
-                    outs.append(kernel.forward(here[:, at], k, v, _of(mask, at), keys.causal, scale))
+                    call = _kernel_of(here, k, kernel).forward
+                    outs.append(call(here[:, at], k, v, _of(mask, at), keys.causal, scale))
             if outs:
                 out, lse = outs[0] if len(outs) == 1 else (torch.cat(t, dim=1) for t in zip(*outs))
                 parts.append((keys, out, _filled(lse, unseen, -torch.inf)[..., None]))
+        if not parts:  # nobody sees anything
+            return torch.zeros_like(q), q.new_full((*q.shape[:3], 1), -torch.inf, dtype=wide)
         if len(parts) == 1:
             ((keys, out, lse),) = parts
             out = out.masked_fill_(lse == -torch.inf, 0)
@@ -352,12 +376,16 @@ class Merged(torch.autograd.Function):
                 k, v = (_dense_rows(some.keys(t)) for t in tensors[known])
                 if q.numel() and k.numel():
                     here = slope_here[:, at], q[:, at], k, v, out_here[:, at], lse[:, at], _of(mask, at)
-                    part, *parts = kernel.backward(*here, keys.causal, scale)
+                    part, *parts = _kernel_of(q, k, kernel).backward(*here, keys.causal, scale)
                     of_q.append(part)
                     for whole, part in zip(slopes[known], parts):
                         some.add_keys(whole, part)
             if of_q:
                 keys.add_queries(slopes[0], of_q[0] if len(of_q) == 1 else torch.cat(of_q, dim=1))
+
+
+def _kernel_of(q: Tensor, k: Tensor, kernel: type[Cpu] | type[Cuda]) -> type[Cpu] | type[Cuda] | type[Single]:
+    return Single if q.shape[2] == k.shape[2] == 1 else kernel
 
 
 def few(keys: KeySet, groups: int, x: Float[Tensor, "b H W d"]) -> list[tuple[KeySet, slice]]:

@@ -71,8 +71,11 @@ def state(k: Float[Tensor, "B heads tokens m"], v: Float[Tensor, "B heads tokens
     if fixed(k.shape[2]) == 0:  # onnxruntime leaves a product over nothing as the memory was
         return k.new_zeros((k.shape[0], k.shape[1], k.shape[3], v.shape[3]), dtype=wide)
     with outside_autocast(v):
-        # so the gradient of k, not of v, lies in memory as k does: what made k is often point by point
-        return (v.to(wide).transpose(-2, -1) @ k.to(wide)).transpose(-2, -1)
+        k, v = k.to(wide), v.to(wide)
+        # the gradient of the second factor lies in memory as it does: of k, which is often made point by point
+        if fixed(k.shape[-1]) < fixed(v.shape[-1]):
+            return k.transpose(-2, -1) @ v
+        return (v.transpose(-2, -1) @ k).transpose(-2, -1)
 
 
 class Recurrence:

@@ -30,6 +30,7 @@ SHORT = 24  # rows and columns up to which scores are concatenated
 # Fitted on a CPU to forward and backward at 14×14 and 20×20, in the time of a pair of a masked N×N call:
 GATHERED = 1.8  # a pair of a key set whose groups share keys
 QUERY = 120  # a query of a key set: its fold, its share of a call, its merge
+ALONE = 30  # a query that meets one key, which takes no call
 
 _asked: ContextVar[str] = ContextVar("asked", default="auto")
 _taken: ContextVar[set[str] | None] = ContextVar("taken", default=None)
@@ -128,7 +129,8 @@ def _cost(pattern: Pattern, heads: int, grid: Grid, device: torch.device) -> flo
     x, cost = torch.empty(1, *grid, 1, device=device), 0.0
     for part, share in zip(pattern.by_head(), pattern.shares(heads)):
         for keys in part.key_sets():
-            _, groups, queries, _ = keys.queries(x).shape
-            pairs = groups * queries * keys.keys(x).shape[2]
-            cost += share / heads * ((GATHERED if keys.overlap else 1) * pairs + QUERY * grid.size)
+            (_, groups, queries, _), known = keys.queries(x).shape, keys.keys(x).shape[2]
+            of_query = ALONE if queries == known == 1 else QUERY
+            pairs = (GATHERED if keys.overlap else 1) * groups * queries * known
+            cost += share / heads * (pairs + of_query * grid.size)
     return cost

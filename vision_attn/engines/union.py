@@ -180,7 +180,7 @@ def _on_grid(q, k, v, grid, key_sets, scale, dropout, bias, others):
             return rearrange(out, "(B n) H W d -> B n (H W) d", n=heads)
         bias = bias.as_mask(v.dtype)
     anew = kernel and key_sets[0].overlap and q.device.type == "cpu"
-    if len(sets) == 1 and not anew:
+    if len(sets) == 1 and not anew and (key_sets[0].every or not fixed(before[0].shape[2])):
         out = _one_set(q, k, v, before, grid, *key_sets, scale, dropout, bias)
     elif bias is not None:
         raise ValueError(f"bias: takes one key set, got {len(sets)}")
