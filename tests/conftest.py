@@ -213,11 +213,12 @@ def often(choices: Iterable) -> list:
     return [slow_unless(name in OFTEN, param) for name, param in zip(names, params)]
 
 
-def in_turn(choices: dict[str, Iterable]) -> Callable:
+def in_turn(choices: dict[str, Iterable], *, rest: bool = True) -> Callable:
     """As `pytest.mark.parametrize` for each argument, or several that go together, in all combinations.
 
     Each of the first choice meets one combination of the others, in turn, from where depends on the test, and each
-    combination one of the first choice, more where there are more; the rest is slow. What is slow itself takes no turn.
+    combination one of the first choice, more where there are more; the rest is slow, or not there without ``rest``.
+    What is slow itself takes no turn.
     """
     first, *others = [[as_param(choice, "," in names) for choice in some] for names, some in choices.items()]
     combined = [joined(parts) for parts in itertools.product(*others)]
@@ -229,6 +230,7 @@ def in_turn(choices: dict[str, Iterable]) -> Callable:
             slow_unless(None not in (i, j) and i % turns == j % turns, joined([one, rest]))
             for (i, one), (j, rest) in pairs
         ]
+        params = [param for param in params if rest or not is_slow(param)]
         return pytest.mark.parametrize(", ".join(choices), params)(test)
 
     return decorate

@@ -109,7 +109,7 @@ def run(path: Path) -> list[Result]:
     report = path.with_suffix(".xml")
     command = [sys.executable, "-m", "pytest", path.name, "-p", "timm_names", "-p", "no:cacheprovider"]
     command += ["-p", "no:xdist", "-W", "ignore", "--tb", "short", "--junit-xml", report]
-    paths = f"{ROOT}:{ROOT / 'tests'}"
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTEST_ADDOPTS": ""}
     env.pop("GITHUB_ACTIONS", None)  # there timm leaves out some
     done = subprocess.run(command, cwd=path.parent, env=env, capture_output=True, text=True)

@@ -188,13 +188,25 @@ def _of_any_size(v, weights, keys, steps):
             down = (up * 0 + nobody).scatter(0, up, torch.cat([own, nobody]))
             beside += [(up, torch.where(torch.cat([own, nobody]) < nobody, down, nobody))]
     each = (v * weights[..., None]).flatten(0, 1)
-    rows = slots[:, None].expand(-1, fixed(v.shape[1]))
-    table = torch.zeros_like(torch.cat([each, v[:1]])).scatter_add(0, rows, each)
+    if torch.jit.is_tracing():  # ONNX before opset 16 scatters without summing, and does not say so
+        first = torch.zeros_like(torch.cat([own, nobody])).scatter(0, torch.where(new > 0, number, nobody), own)
+        table = _sums_of_runs(each[order], number)[first] * F.pad(there.to(v.dtype), (0, 1))[:, None]
+    else:
+        rows = slots[:, None].expand(-1, fixed(v.shape[1]))
+        table = torch.zeros_like(torch.cat([each, v[:1]])).scatter_add(0, rows, each)
     for up, down in beside:
         table = table + 0.5 * (table[up] + table[down])
         table = table * F.pad(there.to(v.dtype), (0, 1))[:, None]
     out = table[slots].reshape(vertices, points, fixed(v.shape[1]))
     return (out * weights[..., None]).sum(dim=0)
+
+
+def _sums_of_runs(x, number):
+    """At the first of neighbours with the same number, the sum of all of them; runs of at most 2²⁰, a pixel each."""
+    for step in (2**i for i in range(20)):
+        further, same = (F.pad(t, (*(0, 0) * (t.ndim - 1), 0, step), value=-1)[step:] for t in (x, number))
+        x = x + further.masked_fill((same != number)[:, None], 0)
+    return x
 
 
 def _places(keys, wanted, there, own):
