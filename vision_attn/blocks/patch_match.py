@@ -4,12 +4,12 @@ Calian et al. 2019, SCRAM, https://arxiv.org/abs/1905.10308
     A_u = softmax over {v : v in the window around a(u)} of q_u · k_v d^-½      a(u) ≈ argmax over v of q_u · k_v
 Cost: rounds (8 + searches) N d + 2 window² N d
 Computed: 1 ×
-a(u) starts as u or, if that fits better, as a place drawn anywhere. Each of ``rounds`` rounds makes two offers, and the
-best of each is taken where it fits better than a(u): the matches of the eight pixels around, moved by as much as those are
-away, 2^(rounds-1) pixels in the first round and half as far in each next one; then ``searches`` places, drawn around
-a(u) within the whole image, half of it, a quarter … Draws are a hash of place, round and ``seed``: the same for every
-image and run. Pixels, places and the window are moved inwards at the border. Gradients flow through the window; the
-search has none.
+a(u) starts as u or, if that fits better, as a place drawn anywhere. Each of ``rounds`` rounds makes two offers, and of
+each the best is taken where it fits better than a(u). First the eight pixels around offer their matches, moved by as
+much as they are away, 2^(rounds-1) pixels in the first round and half as far in each next one; then ``searches`` places
+are drawn around a(u), within the whole image, half of it, a quarter … Draws are a hash of place, round and ``seed``:
+the same for every image and run. Pixels, places and the window are moved inwards at the border. Gradients flow through
+the window; the search has none.
 What is found: where keys are alike nearby, as in images, most matches are right after four rounds. On 64×64 pixels, of
 maps that are smooth over 8 pixels the best of all 4,096 keys is in the window of 86 % of pixels, over 4 pixels of 45 %,
 and of independent noise of 1 %, hardly more than by chance. But the window is no dense attention: even the best nine
@@ -118,15 +118,11 @@ class Block(Mixer):
     def windows(self, match, grid) -> tuple[Int[Tensor, "B heads N keys"], Bool[Tensor, "B heads N keys"]]:
         """The keys around each match, and which of them are there and seen."""
         place, beside = torch.arange(grid.size, device=match.device), torch.arange(self.window, device=match.device)
-        sides = []
-        match_row, row = (t // grid.width for t in (match, place))
-        match_column, column = match - match_row * grid.width, place - row * grid.width
-        for at, last in ((match_row, row[-1]), (match_column, column[-1])):
-            first = torch.minimum(at - self.window // 2, last - self.window + 1).clamp(min=0)
-            sides.append((first[..., None] + beside, last))
-        (rows, bottom), (columns, right) = sides
-        seen = (rows <= bottom)[..., :, None] & (columns <= right)[..., None, :]
-        rows, columns = torch.minimum(rows, bottom), torch.minimum(columns, right)
+        last = coordinates(place, grid)[:, -1, None, None, None]
+        first = torch.minimum(coordinates(match, grid) - self.window // 2, last - self.window + 1).clamp(min=0)
+        lines, last = first[..., None] + beside, last[..., None]  # (2, B, heads, N, window)
+        (in_rows, in_columns), (rows, columns) = ((lines <= last).unbind(0), torch.minimum(lines, last).unbind(0))
+        seen = in_rows[..., :, None] & in_columns[..., None, :]
         keys = (rows[..., :, None] * grid.width + columns[..., None, :]).flatten(-2)
         seen = seen.flatten(-2)
         return keys, seen & (keys <= place[:, None]) if self.causal else seen
@@ -172,7 +168,7 @@ def offers(grid: Grid, causal: bool, rounds: int, searches: int, seed: int, devi
     draws, size = draw(place, 2 * (1 + rounds * searches), seed), last + 1
     first = torch.stack([here, (size * draws[:2]).long()], dim=-1)
     moves = (2 * draws[2:] - 1).unflatten(0, (rounds, searches, 2)).permute(2, 0, 3, 1)
-    reach = size / 2 ** torch.arange(searches, device=device)
+    reach = size * 0.5 ** torch.arange(searches, device=device)
     return first, beside, back, (moves * reach[:, None, None]).round().long()
 
 
@@ -202,10 +198,10 @@ class Search:
 
     def __init__(self, q: Float[Tensor, "b N d"], k: Float[Tensor, "b N d"], grid: Grid, causal: bool):
         self.q, self.k, self.width, self.causal = q.flatten(0, 1), k.flatten(0, 1), grid.width, causal
-        self.place, images = (torch.arange(size, device=q.device)[:, None] for size in (q.shape[1], q.shape[0]))
-        self.before = images[..., None] * q.shape[1]  # places of earlier images and heads
-        here = coordinates(self.place[:, 0], grid)[:, None]
-        self.match, self.last = here.expand(2, *q.shape[:2]), here[..., -1:, None]
+        place = torch.arange(q.shape[1], device=q.device)
+        self.place, here = place[:, None], coordinates(place, grid)
+        self.match, self.last = here[:, None].expand(2, *q.shape[:2]), here[:, None, -1:, None]
+        self.before = torch.arange(q.shape[0], device=q.device)[:, None, None] * q.shape[1]  # of other images and heads
         self.best = torch.full_like(q[..., 0], -torch.inf)
 
     def offer(self, places: Int[Tensor, "2 #b N places"]) -> None:
