@@ -249,7 +249,7 @@ def test_one_file_with_the_weights_in_it(tmp_path):
 
 
 def assert_outputs(model, path, names, sizes=SIZES):
-    """Of a model that gives a flat dict or list of tensors."""
+    """Of a model that gives a flat dict or list of tensors. Errors are shares of an output's norm: some are near 0."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == names
     assert {output.shape[0] for output in session.get_outputs()} == {"batch"}
@@ -258,7 +258,7 @@ def assert_outputs(model, path, names, sizes=SIZES):
         wanted = model(x)
         wanted = wanted.values() if isinstance(wanted, dict) else wanted
         for got, right in zip(session.run(names, {"image": x.numpy()}), wanted, strict=True):
-            torch.testing.assert_close(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5)
+            assert (torch.from_numpy(got) - right).norm() < 1e-5 * right.norm()
 
 
 def test_a_list_of_features(tmp_path):
