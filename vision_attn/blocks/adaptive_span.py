@@ -36,6 +36,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import check
+from ..engines import flex
 from ..engines.bias import Bias, biased
 from ..engines.cache import Store
 from ..engines.flash import kernel_for
@@ -138,6 +139,11 @@ class Block(Mixer):
         m = self.soft_mask(distance)
         return m.masked_fill(m == 0, 1).log().masked_fill(m == 0, torch.finfo(m.dtype).min / 2)
 
+    def table(self, grid: Grid) -> Float[Tensor, "heads down right"]:
+        """`bias` by how far down and right a key is, from 1 - H and 1 - W on."""
+        down, right = (torch.arange(1 - n, n, device=self.reach.device).abs() for n in grid)
+        return self.bias(torch.maximum(down[:, None], right))
+
     @torch.no_grad()
     def steeper(self, distance):
         """log m + log ∂ log m / ∂z: -log R on the ramp, hidden elsewhere."""
@@ -148,6 +154,9 @@ class Block(Mixer):
     def mix(self, q, k, v, grid):
         if takes_dense(is_small(grid, q.device, 28)):
             return self.mix_by_mask(q, k, v, grid)
+        if flex.takes(q, self.window, self.dropout):
+            out = flex.attend(q, k, v, grid, self.window, scale=self.scale, table=self.table(grid))
+            return self.without_alone(out, grid)
         (keys,) = self.window.key_sets()
         (radius, _), (size, _) = keys.radius, keys.tile(q.device)
         tile, around = torch.arange(size, device=q.device), torch.arange(-radius, size + radius, device=q.device)
