@@ -120,6 +120,10 @@ class Block(Mixer):
     def pattern(self) -> Pattern:
         """What the heads together see now; what they may learn to see on the meta device."""
         window = self.window if self.reach.is_meta else self.window_of(self.spans().max().item())
+        return self.seen_of(window)
+
+    def seen_of(self, window: Window) -> Pattern:
+        """The window, with or without the pixel itself."""
         return window & Others() if self.nearest else window
 
     def window_of(self, z: int | float) -> Window:
@@ -155,8 +159,7 @@ class Block(Mixer):
         if takes_dense(is_small(grid, q.device, 28)):
             return self.mix_by_mask(q, k, v, grid)
         if flex.takes(q, self.window, self.dropout):
-            out = flex.attend(q, k, v, grid, self.window, scale=self.scale, table=self.table(grid))
-            return self.without_alone(out, grid)
+            return flex.attend(q, k, v, grid, self.seen_of(self.window), scale=self.scale, table=self.table(grid))
         (keys,) = self.window.key_sets()
         (radius, _), (size, _) = keys.radius, keys.tile(q.device)
         tile, around = torch.arange(size, device=q.device), torch.arange(-radius, size + radius, device=q.device)
