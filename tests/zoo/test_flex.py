@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Largest
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vision_attn import Grid, create_block, route
 from vision_attn.blocks.adaptive_span import Others
@@ -314,6 +315,27 @@ def test_compiled_on_a_cpu_two_calls_take_their_parts(name, options, monkeypatch
             out, _ = flex._call(q, k, v, grid, part, **options)
         wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
         torch.testing.assert_close(out, wanted.masked_fill(~mask.any(-1)[..., None], 0), rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_taken_where_it_is_asked_for_and_can(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # asks a driver
+    with FakeTensorMode():
+        wide, narrow = (torch.empty(2, 3, 35, d, device="cuda") for d in (16, 15))
+
+    class Summed(Row):
+        def known(self, x, grid):
+            return x[:, :, :1]
+
+    assert not flex.takes(wide, wide, Row(), 0.0)
+    with route("flex"):
+        assert flex.takes(wide, wide, Row(), 0.0)
+        for case in (
+            (narrow, wide, Row(), 0),
+            (wide, narrow, Row(), 0),
+            (wide, wide, Summed(), 0),
+            (wide, wide, Row(), 0.1),
+        ):
+            assert not flex.takes(*case)
 
 
 @pytest.mark.parametrize("name", ["window", "criss_cross", "adaptive_span", "gaussian_prior"])

@@ -6,8 +6,9 @@ Sukhbaatar et al. 2019, Adaptive Attention Span, https://arxiv.org/abs/1905.0779
 Cost: 2 N (2 (S + R) - 1)² d
 Computed: 2 ×
 Every head has a z in [0, S], the largest distance that it sees in full; beyond it m falls to 0 over R more pixels.
-S is ``span``, R is ``ramp``. log m joins the scores of a window of radius S + R, cut off at the border. The paper adds
-a penalty on the spans to the loss, λ/heads Σ z: a training script adds λ ``block.spans().mean()``.
+S is ``span``, R is ``ramp``. log m joins the scores of a window of radius S + R, cut off at the border; FlexAttention
+(``route("flex")``) adds it from a table by how far a key is down and right. The paper adds a penalty on the spans to
+the loss, λ/heads Σ z: a training script adds λ ``block.spans().mean()``.
 With ``causal=True`` the part of the window that comes before in raster order, and the pixel itself. Prefix tokens are
 at no distance: they see and are seen in full (causal: they see only one another). With ``include_self=False`` a pixel
 does not look at itself, and the nearest others are at distance 0, as in the authors' code; one that sees nothing takes
@@ -158,7 +159,7 @@ class Block(Mixer):
     def mix(self, q, k, v, grid):
         if takes_dense(is_small(grid, q.device, 28)):
             return self.mix_by_mask(q, k, v, grid)
-        if flex.takes(q, self.window, self.dropout):
+        if flex.takes(q, v, self.window, self.dropout):
             return flex.attend(q, k, v, grid, self.seen_of(self.window), scale=self.scale, table=self.table(grid))
         (keys,) = self.window.key_sets()
         (radius, _), (size, _) = keys.radius, keys.tile(q.device)

@@ -8,7 +8,8 @@ Computed: 1.1 ×
 Every head learns its widths σ and its centre a, in pixels, by axis: log σ starts at log ``width``, a at 0. The square
 is one of products of what a query knows by what a key knows, so that B is made by four more channels of q and k and no
 matrix: (u_r / σ_r², u_c / σ_c², 1, t_i) · (r_j, c_j, s_j, 1) for u = r + a, with the squares alone in t and s. They
-are large where they cancel: coordinates are centred, and everything is computed in at least float32.
+are large where they cancel: coordinates are centred, and everything is computed in at least float32. FlexAttention
+(``route("flex")``) adds B itself, from a table by how far a key is down and right.
 Prefix tokens have no place: B = 0 between them and all others.
 With ``causal=True`` a position looks at itself and at what comes before it in raster order; prefix tokens come first
 of all and see only one another.
@@ -64,7 +65,7 @@ class Block(Mixer):
 
     def mix(self, q, k, v, grid):
         pattern = Past() if self.causal else All()
-        if flex.takes(q, pattern, self.dropout):
+        if flex.takes(q, v, pattern, self.dropout):
             return flex.attend(q, k, v, grid, pattern, scale=self.scale, table=self.bell(grid))
         prefix, wide = grid.prefix_of(q.shape[2]), at_least_float32(v)
         of_q, of_k = (F.pad(t, (0, 0, prefix, 0)).expand(q.shape[0], -1, -1, -1) for t in self.channels(grid, wide))

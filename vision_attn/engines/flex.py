@@ -36,10 +36,15 @@ SECOND = 6  # blocks of keys, for each of queries, in whose time a second call i
 CPU = torch.device("cpu")
 
 
-def takes(q: Float[Tensor, "B heads tokens dk"], pattern: Pattern, dropout: float) -> bool:
-    """Whether FlexAttention is asked for and there, nothing is dropped, and the pattern sums up nothing."""
-    plain = dropout == 0 and type(pattern).known is Pattern.known
-    return asked() == "flex" and plain and q.device.type == "cuda" and not is_passing(q.device)
+def takes(
+    q: Float[Tensor, "B heads tokens dk"], v: Float[Tensor, "B heads known dv"], pattern: Pattern, dropout: float
+) -> bool:
+    """Whether FlexAttention is asked for and there, nothing is dropped, and the pattern sums up nothing.
+
+    Its kernels take no fewer than 16 channels.
+    """
+    able = dropout == 0 and type(pattern).known is Pattern.known and min(q.shape[-1], v.shape[-1]) >= 16
+    return asked() == "flex" and able and q.device.type == "cuda" and not is_passing(q.device)
 
 
 def attend(
@@ -156,12 +161,16 @@ def addition_of(table, grid: Grid, prefix: int, known_prefix: int, by_column: bo
 
     A new one at each step, since the table is: what calls it is compiled for its code and the table's shape alone.
     """
-    place, (height, width) = _place_of(grid, by_column), grid
+    place, row = _place_of(grid, by_column), 2 * grid.width - 1
+    flat, middle = table.flatten(1), (grid.height - 1) * row + grid.width - 1
+
+    def entry(number):
+        y, x = place(number)
+        return y * row + x
 
     def added(score, b, h, query, key):
         query, key = query - prefix, key - known_prefix
-        (qy, qx), (ky, kx) = place(query), place(key)
-        bias = table[h, ky - qy + height - 1, kx - qx + width - 1]
+        bias = flat[h, entry(key) - entry(query) + middle]  # of a pair no more than a difference is to be computed
         return torch.where((query < 0) | (key < 0), score, score + bias)
 
     return added

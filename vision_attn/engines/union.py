@@ -62,7 +62,7 @@ def attend(
         out = out[:, :, prefix:]
     elif plain and takes_dense(dense_is_faster(pattern, q, grid)):
         return _dense(q, k, v, grid, pattern, scale, dropout)
-    elif plain and flex.takes(q, pattern, dropout):
+    elif plain and flex.takes(q, v, pattern, dropout):
         return flex.attend(q, k, v, grid, pattern, scale=scale)
     else:
         shares = pattern.shares(q.shape[1])
