@@ -11,7 +11,8 @@ takes it unless ``route("flex")`` asks for it.
   in the order of columns, and each takes the pairs that lie in few blocks there. Counted blocks decide (`calls_of`).
 
 On an H100 one call takes a third to three quarters of the time of key sets from 64×64 on. Two calls and tables were not
-run on a GPU: on a CPU they give outputs and gradients of the definition, where graphs are compiled without kernels.
+run on a GPU, though their kernels compile for one; on a CPU they give the definition's outputs and gradients without
+kernels, and its outputs with those that torch has there.
 """
 
 import functools
@@ -159,10 +160,11 @@ def rule_of(pattern: Pattern, heads: int, grid: Grid, prefix: int, known_prefix:
 def addition_of(table, grid: Grid, prefix: int, known_prefix: int, by_column: bool = False):
     """The table as a function of FlexAttention: (score, image, head, query, key) to the sum of score and bias.
 
-    A new one at each step, since the table is: what calls it is compiled for its code and the table's shape alone.
+    A new one at each step, as the table is: what calls it is compiled for its code and the table's shape alone.
     """
     place, row = _place_of(grid, by_column), 2 * grid.width - 1
-    flat, middle = table.flatten(1), (grid.height - 1) * row + grid.width - 1
+    flat = table.flatten(1).clone()  # of a view that is captured torch 2.11 loses the gradient, without a word
+    middle = (grid.height - 1) * row + grid.width - 1
 
     def entry(number):
         y, x = place(number)
