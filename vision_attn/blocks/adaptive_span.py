@@ -6,8 +6,9 @@ Sukhbaatar et al. 2019, Adaptive Attention Span, https://arxiv.org/abs/1905.0779
 Cost: 2 N (2 (S + R) - 1)² d
 Computed: 2 ×
 Every head has a z in [0, S], the largest distance that it sees in full; beyond it m falls to 0 over R more pixels.
-S is ``span``, R is ``ramp``. log m joins the scores of a window of radius S + R, cut off at the border. The paper adds
-a penalty on the spans to the loss, λ/heads Σ z: a training script adds λ ``block.spans().mean()``.
+S is ``span``, R is ``ramp``. log m joins the scores of a window of radius S + R, cut off at the border; FlexAttention
+(``route("flex")``) adds it from a table by how far a key is down and right. The paper adds a penalty on the spans to
+the loss, λ/heads Σ z: a training script adds λ ``block.spans().mean()``.
 With ``causal=True`` the part of the window that comes before in raster order, and the pixel itself. Prefix tokens are
 at no distance: they see and are seen in full (causal: they see only one another). With ``include_self=False`` a pixel
 does not look at itself, and the nearest others are at distance 0, as in the authors' code; one that sees nothing takes
@@ -36,6 +37,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import check
+from ..engines import flex
 from ..engines.bias import Bias, biased
 from ..engines.cache import Store
 from ..engines.flash import kernel_for
@@ -119,6 +121,10 @@ class Block(Mixer):
     def pattern(self) -> Pattern:
         """What the heads together see now; what they may learn to see on the meta device."""
         window = self.window if self.reach.is_meta else self.window_of(self.spans().max().item())
+        return self.seen_of(window)
+
+    def seen_of(self, window: Window) -> Pattern:
+        """The window, with or without the pixel itself."""
         return window & Others() if self.nearest else window
 
     def window_of(self, z: int | float) -> Window:
@@ -138,6 +144,11 @@ class Block(Mixer):
         m = self.soft_mask(distance)
         return m.masked_fill(m == 0, 1).log().masked_fill(m == 0, torch.finfo(m.dtype).min / 2)
 
+    def table(self, grid: Grid) -> Float[Tensor, "heads down right"]:
+        """`bias` by how far down and right a key is, from 1 - H and 1 - W on."""
+        down, right = (torch.arange(1 - n, n, device=self.reach.device).abs() for n in grid)
+        return self.bias(torch.maximum(down[:, None], right))
+
     @torch.no_grad()
     def steeper(self, distance):
         """log m + log ∂ log m / ∂z: -log R on the ramp, hidden elsewhere."""
@@ -148,6 +159,8 @@ class Block(Mixer):
     def mix(self, q, k, v, grid):
         if takes_dense(is_small(grid, q.device, 28)):
             return self.mix_by_mask(q, k, v, grid)
+        if flex.takes(q, v, self.window, self.dropout):
+            return flex.attend(q, k, v, grid, self.seen_of(self.window), scale=self.scale, table=self.table(grid))
         (keys,) = self.window.key_sets()
         (radius, _), (size, _) = keys.radius, keys.tile(q.device)
         tile, around = torch.arange(size, device=q.device), torch.arange(-radius, size + radius, device=q.device)

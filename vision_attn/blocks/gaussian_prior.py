@@ -8,7 +8,8 @@ Computed: 1.1 ×
 Every head learns its widths σ and its centre a, in pixels, by axis: log σ starts at log ``width``, a at 0. The square
 is one of products of what a query knows by what a key knows, so that B is made by four more channels of q and k and no
 matrix: (u_r / σ_r², u_c / σ_c², 1, t_i) · (r_j, c_j, s_j, 1) for u = r + a, with the squares alone in t and s. They
-are large where they cancel: coordinates are centred, and everything is computed in at least float32.
+are large where they cancel: coordinates are centred, and everything is computed in at least float32. FlexAttention
+(``route("flex")``) adds B itself, from a table by how far a key is down and right.
 Prefix tokens have no place: B = 0 between them and all others.
 With ``causal=True`` a position looks at itself and at what comes before it in raster order; prefix tokens come first
 of all and see only one another.
@@ -20,9 +21,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from .. import check
+from ..engines import flex
 from ..engines.cache import PatternCache
 from ..engines.union import attend
 from ..grid import Grid
@@ -61,11 +64,13 @@ class Block(Mixer):
             nn.init.zeros_(a)
 
     def mix(self, q, k, v, grid):
+        pattern = Past() if self.causal else All()
+        if flex.takes(q, v, pattern, self.dropout):
+            return flex.attend(q, k, v, grid, pattern, scale=self.scale, table=self.bell(grid))
         prefix, wide = grid.prefix_of(q.shape[2]), at_least_float32(v)
         of_q, of_k = (F.pad(t, (0, 0, prefix, 0)).expand(q.shape[0], -1, -1, -1) for t in self.channels(grid, wide))
         with outside_autocast(v):
             q, k = torch.cat([self.scale * q.to(wide), of_q], dim=-1), torch.cat([k.to(wide), of_k], dim=-1)
-            pattern = Past() if self.causal else All()
             return attend(q, k, v.to(wide), grid, pattern, scale=1.0, dropout=self.dropout).to(v.dtype)
 
     def channels(self, grid, dtype):
@@ -85,6 +90,16 @@ class Block(Mixer):
             squares_k = squares_k - key.square() * narrow / 2
         ones = torch.ones_like(squares_k)
         return torch.stack([*of_q, ones, squares_q], dim=-1), torch.stack([*of_k, squares_k, ones], dim=-1)
+
+    def bell(self, grid: Grid) -> Float[Tensor, "heads down right"]:
+        """B by how far down and right a key is, from 1 - H and 1 - W on."""
+        of_axes = []
+        for n, log_sigma, a in zip(grid, (self.log_sigma_r, self.log_sigma_c), (self.a_r, self.a_c)):
+            log_sigma, a = (t.to(at_least_float32(t))[:, None] for t in (log_sigma, a))
+            far = torch.arange(1 - n, n, device=a.device) - a
+            of_axes.append(-far.square() * (-2.0 * log_sigma).exp() / 2)
+        of_rows, of_columns = of_axes
+        return of_rows[:, :, None] + of_columns[:, None]
 
     def weights(self, q, k, grid):
         prefix = grid.prefix_of(q.shape[2])

@@ -3,7 +3,7 @@
 - ``dense``: one call of torch's attention with the pattern's N×N mask, which is made once and kept. For small grids.
 - ``flat``: one softmax over the concatenated scores of all key sets. For graphs, and for short groups on a CPU.
 - ``union``: a flash call for each key set, merged by log-sum-exp. For large grids.
-- ``flex``: one compiled call of FlexAttention, on CUDA, where it is asked for (`flex`).
+- ``flex``: a compiled call of FlexAttention, or two merged, on CUDA, where it is asked for (`flex`).
 """
 
 import functools

@@ -20,7 +20,7 @@ from ..kept import kept
 from ..key_set import KeySet, Only
 from ..pattern import All, Past, Pattern
 from ..precision import at_least_float32, is_slow, outside_autocast
-from ..traced import fixed, is_passing, is_traced, is_transformed
+from ..traced import fixed, is_traced, is_transformed
 from . import flex
 from .bias import Bias, biased
 from .flash import BLOCKS, Before, added, by_launches, hiding, kernel_for, mask_of, merged
@@ -62,8 +62,7 @@ def attend(
         out = out[:, :, prefix:]
     elif plain and takes_dense(dense_is_faster(pattern, q, grid)):
         return _dense(q, k, v, grid, pattern, scale, dropout)
-    elif plain and dropout == 0 and asked() == "flex" and _takes_flex(q, pattern):
-        note("flex")
+    elif plain and flex.takes(q, v, pattern, dropout):
         return flex.attend(q, k, v, grid, pattern, scale=scale)
     else:
         shares = pattern.shares(q.shape[1])
@@ -136,12 +135,6 @@ class LikeOutput(torch.autograd.Function):
         if slope.stride() == ctx.strides:
             return slope
         return torch.empty_strided(slope.shape, ctx.strides, dtype=slope.dtype, device=slope.device).copy_(slope)
-
-
-def _takes_flex(q, pattern) -> bool:
-    """Whether FlexAttention is there, and the pattern sums up nothing."""
-    plain = type(pattern).known is Pattern.known
-    return plain and q.device.type == "cuda" and not is_passing(q.device)
 
 
 def _dense(q, k, v, grid, pattern, scale, dropout):
