@@ -16,7 +16,7 @@ def test_where_each_head_takes_channels_of_its_own_it_is_dense_attention():
         getattr(ours, name).load_state_dict(getattr(dense, name).state_dict())
     with torch.no_grad():
         ours.mixing.copy_(torch.eye(HEADS).repeat_interleave(13, dim=1))
-        nn.init.zeros_(ours.content.weight)
+        nn.init.zeros_(ours.content)
     x = torch.randn(2, 5 + GRID.size, DIM, dtype=torch.float64)
     torch.testing.assert_close(ours(x, GRID), dense(x, GRID), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(ours.attention(x, GRID), dense.attention(x, GRID), rtol=1e-12, atol=1e-14)
@@ -28,7 +28,7 @@ def test_heads_that_weight_no_channel_look_by_content_alone():
     nn.init.zeros_(block.mixing)
     x = torch.randn(2, GRID.size, DIM, dtype=torch.float64)
     weights = block.attention(x, GRID)
-    expected = (2**-0.5 * block.content(x)).softmax(dim=1).mT[:, :, None]  # D / heads = 2
+    expected = (2**-0.5 * x @ block.content.mT).softmax(dim=1).mT[:, :, None]  # D / heads = 2
     torch.testing.assert_close(weights, expected.expand_as(weights), rtol=1e-12, atol=1e-14)
 
 

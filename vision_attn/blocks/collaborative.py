@@ -21,6 +21,8 @@ Deviations: Q and K have biases if ``qkv_bias`` (the code: none). m starts at N(
 -----
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,12 +77,14 @@ class Block(PatternMixer):
         dd = dict(device=device, dtype=dtype)
         super().__init__(Past() if causal else All(), dim, num_heads, key_dim=key_dim, **dd, **mixer)
         self.mixing = nn.Parameter(torch.empty(self.num_heads, key_dim, **dd))
-        self.content = nn.Linear(dim, self.num_heads, bias=False, **dd) if content_bias else None
+        self.content = nn.Parameter(torch.empty(self.num_heads, dim, **dd)) if content_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws m from N(0, 0.2²)."""
+        """Draws m from N(0, 0.2²), and the content bias as `torch.nn.Linear` draws its weight."""
         nn.init.normal_(self.mixing, std=0.2)
+        if self.content is not None:
+            nn.init.kaiming_uniform_(self.content, a=math.sqrt(5))
 
     @property
     def head_dims(self):
@@ -92,7 +96,7 @@ class Block(PatternMixer):
         q = scaled(q[..., None, :], self.mixing.to(at_least_float32(q)))  # (B, tokens, heads, D)
         k = k[..., None, :].expand(q.shape)
         if self.content is not None:
-            of_keys = self.content(x)[..., None].to(k.dtype)
+            of_keys = F.linear(x, self.content)[..., None].to(k.dtype)
             q, k = torch.cat([q, torch.ones_like(of_keys)], dim=-1), torch.cat([k, of_keys], dim=-1)
         return q.flatten(-2), k.flatten(-2), v
 
@@ -108,7 +112,7 @@ class Block(PatternMixer):
         for head, (mixing, values) in enumerate(zip(self.mixing, v.chunk(self.num_heads, dim=-1))):
             scores = (q * mixing) @ k.mT
             if self.content is not None:
-                scores = scores + (x @ self.content.weight[head])[:, None, :]
+                scores = scores + (x @ self.content[head])[:, None, :]
             heads.append((self.scale * scores).masked_fill(~seen, -torch.inf).softmax(dim=-1) @ values)
         return self.proj_drop(self.proj(torch.cat(heads, dim=-1)))
 

@@ -96,10 +96,10 @@ class Band(KeySet):
 
     def mask(self, grid, device):
         y, x = (torch.arange(n, device=device) for n in grid)
-        dy, query = torch.tensor(self.rows, device=device)[:, None], x[:, None, None]
+        dy, query = torch.arange(self.rows.start, self.rows.stop, device=device)[:, None], x[:, None, None]
         inside = (y[:, None, None] + dy >= 0) & (y[:, None, None] + dy < grid.height)  # (H, rows, 1)
-        own = (x <= query) if self.past else True
-        seen = ((dy == -1) & (x > query)) | ((dy == 0) & own) | ((dy == 1) & (x < query))  # (W, rows, W)
+        own = (dy == 0) & (x <= query) if self.past else dy == 0
+        seen = ((dy == -1) & (x > query)) | own | ((dy == 1) & (x < query))  # (W, rows, W)
         return (inside[:, None] & seen).flatten(2)
 
     def kept(self, grid):
