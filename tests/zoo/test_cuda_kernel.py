@@ -258,7 +258,6 @@ FAULTS = {  # each undoes one thing that the route takes care of
     "masks in any layout": dict(_aligned_mask=lambda mask: mask),
 }
 UNHARMED = {  # types that a fault does nothing to
-    "a set of which a query sees nothing has weight": (torch.float16,),  # whose least number · log2 e is finite
     "out in any layout": (torch.float32,),
 }
 

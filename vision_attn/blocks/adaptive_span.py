@@ -235,7 +235,7 @@ class Block(Mixer):
             return super().new_cache(batch, grid, device=device, dtype=dtype)
         factory = self.factory(device, dtype)
         (keys,) = self.window.key_sets()
-        return Near(self, Store(keys, Grid.of(grid), batch, self.num_heads, dims=self.head_dims, **factory))
+        return Near(self, Store([keys], Grid.of(grid), batch, self.num_heads, dims=self.head_dims, **factory))
 
 
 def distances(grid: Grid, prefix: int, causal: bool, device) -> tuple[Int[Tensor, "tokens tokens"]]:
@@ -293,7 +293,7 @@ class Near:
         keys, values = (torch.cat(some, dim=2) for some in zip(*self.store.read(y, x)))
         down, right = ((torch.arange(n, device=q.device) - here).abs() for n, here in zip(self.store.grid, (y, x)))
         distance = torch.maximum(down[:, None], right)
-        seen = self.store.keys.seen_from(y, x, self.store.grid)
+        seen = self.store.sets[0].seen_from(y, x, self.store.grid)
         bias = self.block.bias(torch.cat([distance[rows, columns].flatten() for rows, columns in seen]))
         mask = bias.to(q.dtype)[None, :, None]
         out = flash(q[:, :, None], keys, values, attn_mask=mask, scale=self.block.scale)

@@ -282,7 +282,7 @@ class CompressedPast:
     def __init__(self, mixer: Block, batch: int, grid: Grid, device=None, dtype=None):
         self.mixer, self.grid, dd = mixer, grid, dict(device=device, dtype=dtype)
         dims = (mixer.width(*mixer.head_dims),) * 2
-        self.recent = Store(RecentRows(mixer.exact), grid, batch, mixer.num_heads, dims=dims, **dd)
+        self.recent = Store([RecentRows(mixer.exact)], grid, batch, mixer.num_heads, dims=dims, **dd)
         n = mixer.cells.tiles.sizes(*grid)
         self.cells = [torch.zeros(batch, mixer.num_heads, n["y"], n["x"], dim, **dd) for dim in dims]
 

@@ -1,8 +1,11 @@
 """Keys and values kept while an image is made pixel by pixel, no more than the pattern will look at again.
 
-Each key set of a causal pattern keeps its own rows and columns of the past (``kept``) and reads from them what the next
-pixel sees (``seen_from``): slices, not masks. A step then costs what the pattern looks at, not the whole past.
+Each key set of a causal pattern says which rows and columns of the past it needs (``kept``), those of the same columns
+share them, and reads what the next pixel sees (``seen_from``): slices, not masks. A step then costs what the pattern
+looks at, not the whole past.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +18,11 @@ from ..pattern import Past, Pattern
 
 
 class Store:
-    """Keys and values that one key set keeps: the last rows of its columns, each (B, heads, rows, columns, d)."""
+    """Keys and values for key sets that need the same columns: their last rows, each (B, heads, rows, columns, d)."""
 
-    def __init__(self, keys: KeySet, grid: Grid, *shape: int, dims: tuple[int, int], device=None, dtype=None):
-        self.keys, self.grid = keys, grid
-        self.rows, self.first, self.columns = keys.kept(grid)
+    def __init__(self, sets: Sequence[KeySet], grid: Grid, *shape: int, dims: tuple[int, int], device=None, dtype=None):
+        self.sets, self.grid = sets, grid
+        self.rows, self.first, self.columns = max(keys.kept(grid) for keys in sets)
         shape = (*shape, self.rows, self.columns)
         self.past = [torch.zeros(*shape, dim, device=device, dtype=dtype) for dim in dims]
 
@@ -31,7 +34,7 @@ class Store:
     def read(self, y: int, x: int) -> list[list[Float[Tensor, "B heads keys d"]]]:
         """Keys and values that the pixel at (y, x) sees, in pieces; views where they can be."""
         pieces = []
-        for rows, columns in self.keys.seen_from(y, x, self.grid):
+        for rows, columns in (seen for keys in self.sets for seen in keys.seen_from(y, x, self.grid)):
             columns = slice(columns.start - self.first, columns.stop - self.first, columns.step)
             for some in around(rows, self.rows) if self.rows < self.grid.height else [rows]:
                 pieces.append([past[:, :, some, columns].flatten(2, 3) for past in self.past])
@@ -53,7 +56,7 @@ class Whole(Store):
     """All of the past, of which the pixel at (y, x) sees what ``pattern`` allows; ``masked``: or is shown all of it."""
 
     def __init__(self, pattern: Pattern, masked: bool, *args, **options):
-        super().__init__(Everything(), *args, **options)
+        super().__init__([Everything()], *args, **options)
         self.pattern, self.masked = pattern, masked
         self.row, self.indices = -1, ()  # of the image, and what each of its pixels sees
 
@@ -112,7 +115,10 @@ class PatternCache:
             if full or any(type(keys).seen_from is KeySet.seen_from for keys in sets):
                 self.stores.append([Whole(part, full, grid, batch, share, **options)])
             else:
-                self.stores.append([Store(keys, grid, batch, share, **options) for keys in sets])
+                by_columns = {}
+                for keys in sets:
+                    by_columns.setdefault(keys.kept(grid)[1:], []).append(keys)
+                self.stores.append([Store(some, grid, batch, share, **options) for some in by_columns.values()])
 
     @property
     def nbytes(self) -> int:

@@ -44,8 +44,9 @@ def takes(
 
     Its kernels take no fewer than 16 channels.
     """
-    able = dropout == 0 and type(pattern).known is Pattern.known and min(q.shape[-1], v.shape[-1]) >= 16
-    return asked() == "flex" and able and q.device.type == "cuda" and not is_passing(q.device)
+    if asked() != "flex" or q.device.type != "cuda" or is_passing(q.device):
+        return False
+    return dropout == 0 and type(pattern).known is Pattern.known and min(q.shape[-1], v.shape[-1]) >= 16
 
 
 def attend(
